@@ -1,0 +1,75 @@
+"""The neutral carrier of an adapter: the only thing that formats and models exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .delta import Delta
+from .errors import LayoutError
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The update of one stored parameter: ``M[g] += scale · B[g] · A[g]``.
+
+    Args:
+        A: ``[(n r), i]``, any float dtype; may be a file-backed (mapped) tensor.
+        B: ``[(n o), r]``.
+        scale: the multiplier of B·A, already ``alpha / rank`` or ``alpha / √rank``.
+        layout: how the stored parameter reads as M; None until the base's shape decides
+            (:func:`graft.bind.bind`).
+        magnitude: DoRA's m ``[o]``; then the weight becomes ``m · (W + ΔW) / ‖W + ΔW‖`` per row of M.
+        fan_in_fan_out: what the file says of a weight stored ``[in, out]``; None if it says nothing.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+    layout: Layout | None = None
+    magnitude: torch.Tensor | None = None
+    fan_in_fan_out: bool | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[1]
+
+    def delta(self, shape: Sequence[int]) -> Delta:
+        """ΔW for a stored parameter of this shape (before DoRA's normalisation)."""
+        if self.layout is None:
+            raise LayoutError("this adapter is not bound to a base yet; call graft.bind.bind first")
+        return Delta.of(self.A, self.B, self.scale, self.layout, shape)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter, free of any file format and of any model.
+
+    Every key is the full dotted name of a stored parameter of the base, e.g.
+    ``model.layers.0.self_attn.q_proj.weight``.
+
+    Args:
+        sites: low-rank updates.
+        replace: full tensors that take the parameter's place (``modules_to_save``, trained biases).
+        shift: ``(tensor, scale)`` added to a parameter: PEFT's ``lora_bias`` is a shift of the bias.
+        rows: ``(indices, tensor)``: rows of a parameter that are replaced (trainable tokens).
+        format: the format it was read from.
+        config: the format's own configuration, as read, for round trips.
+        notes: sentences for the user: what was repaired or is unusual.
+    """
+
+    sites: Mapping[str, LowRank]
+    replace: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shift: Mapping[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=dict)
+    format: str = ""
+    config: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def touched(self) -> set[str]:
+        """Names of all base parameters that this adapter changes."""
+        return {*self.sites, *self.replace, *self.shift, *self.rows}

@@ -1,0 +1,87 @@
+"""A fast 64-bit checksum of tensors and files, equal in the C kernel and in torch operations.
+
+``Σ_c mix(h_c + c·φ) + mix(length)`` over 4 KiB chunks c, where ``h_c = Σ_j w_j · k_j`` is a multilinear
+hash of the chunk's 1024 little-endian 32-bit words with fixed odd 64-bit keys, all modulo 2⁶⁴
+(Lemire and Kaser, "Strongly universal string hashing is fast", 2014; mix is splitmix64's finaliser).
+Chunks add up in any order, so threads and streams need no order. It detects edits and damage, not an
+adversary: the keys are public.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from . import kernel
+
+CHUNK = 4096
+_WORDS = CHUNK // 4
+_MASK = (1 << 64) - 1
+_PHI = 0x9E3779B97F4A7C15
+
+
+def mix(x: int) -> int:
+    """splitmix64's finaliser on a 64-bit integer."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+@cache
+def keys() -> torch.Tensor:
+    """The 1024 odd keys, as int64 with the unsigned bits."""
+    return torch.tensor([_signed(mix((j + 1) * _PHI & _MASK) | 1) for j in range(_WORDS)])
+
+
+def checksum(data: torch.Tensor) -> int:
+    """Checksum of a tensor's bytes, in memory order (any dense strides, any dtype and device)."""
+    flat = dense(data).view(torch.uint8)
+    return finish(update(flat, 0), flat.numel())
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's elements in memory order as a flat view; a copy only if the strides leave holes."""
+    tensor = tensor.detach()
+    if torch.ops.aten.is_non_overlapping_and_dense.default(tensor):
+        return torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset())
+    return tensor.contiguous().view(-1)
+
+
+def update(part: torch.Tensor, offset: int) -> int:
+    """The sum for ``part`` (flat uint8), which begins at byte ``offset``, a multiple of 4096.
+
+    Only the last part of a stream may have a length that is not a multiple of 4096.
+    """
+    assert offset % CHUNK == 0
+    if part.numel() == 0:
+        return 0
+    if kernel.usable(part):
+        return kernel.checksum(part, offset // CHUNK, keys())
+    return sum(_torch(p, (offset >> 12) + n * 256) for n, p in enumerate(part.split(256 * CHUNK))) & _MASK
+
+
+def finish(total: int, length: int) -> int:
+    """The checksum of a stream from the sum of its parts and its length in bytes."""
+    return (total + mix(length)) & _MASK
+
+
+def _torch(part: torch.Tensor, first: int) -> int:
+    tail = part.numel() % CHUNK
+    if tail or part.storage_offset() % 4 or part.data_ptr() % 4:
+        part = torch.cat([part, part.new_zeros(-part.numel() % CHUNK)])
+    words = part.view(torch.int32).view(-1, _WORDS).long() & 0xFFFFFFFF
+    index = torch.arange(first, first + len(words), device=part.device)
+    h = (words * keys().to(part.device)).sum(dim=1) + index * _signed(_PHI)
+    h = (h ^ _shift(h, 30)) * _signed(0xBF58476D1CE4E5B9)
+    h = (h ^ _shift(h, 27)) * _signed(0x94D049BB133111EB)
+    return int((h ^ _shift(h, 31)).sum()) & _MASK
+
+
+def _shift(x: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical right shift of int64."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
