@@ -112,7 +112,8 @@ class Layout:
         size = cols if axis == "cols" else rows
         if size % self.groups:
             raise LayoutError(
-                f"layout {self.pattern!r}: {size} {axis} of shape {shape} do not divide into {self.groups} groups"
+                f"layout {self.pattern!r}: {size} {axis} of shape {shape} do not divide "
+                f"into {self.groups} groups"
             )
         return rows, cols
 
