@@ -24,6 +24,9 @@ class LowRank:
             (:func:`graft.bind.bind`).
         magnitude: DoRA's m ``[o]``; then the weight becomes ``m · (W + ΔW) / ‖W + ΔW‖`` per row of M.
         fan_in_fan_out: what the file says of a weight stored ``[in, out]``; None if it says nothing.
+        kind: what the module was, where the layout alone does not tell: ``linear`` (GPT-2 Conv1D
+            too), ``embedding``, ``conv``, ``parameter`` (packed experts and other named parameters).
+        shape: the stored parameter's shape, once known.
     """
 
     A: torch.Tensor
@@ -32,6 +35,8 @@ class LowRank:
     layout: Layout | None = None
     magnitude: torch.Tensor | None = None
     fan_in_fan_out: bool | None = None
+    kind: str = "linear"
+    shape: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
