@@ -1,0 +1,196 @@
+"""Directories and files that appear whole or not at all.
+
+A directory is written beside its final place under a hidden name, synced, and renamed. Its writer holds
+a lock on it, so a later run knows what a killed run left behind and removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+from .errors import OutputError
+
+#: files that make a directory recognisable as a model or an adapter, so that --force may replace it
+_MARKS = ("graft.json", "config.json", "adapter_config.json", "adapter_model.safetensors")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextlib.contextmanager
+def atomic_directory(out: Path, *, force: bool = False) -> Generator[Path, None, None]:
+    """Yield a fresh directory that becomes ``out`` when the block ends well, and vanishes when not.
+
+    Write ``config.json`` (or ``adapter_config.json``) **last** in the block: until then nothing in the
+    hidden directory loads as a model, at whatever moment the process dies.
+
+    Args:
+        out: the directory to make; its parent is created if missing.
+        force: replace an existing model or adapter directory; it stays whole until the new one is.
+    Raises:
+        OutputError: ``out`` exists (without ``force``), is no model directory (with ``force``), or
+            cannot be written; also when the disk fills up meanwhile.
+    """
+    out = out.absolute()
+    check_out(out, force=force)
+    with output_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        staging = out.parent / f".{out.name[:100]}.graft-{os.getpid()}-{secrets.token_hex(4)}"
+        staging.mkdir()
+        lock = _lock(staging)
+    try:
+        with output_errors(out):
+            yield staging
+            _sync_tree(staging)
+            _publish(staging, out, force=force)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def check_out(out: Path, *, force: bool = False) -> None:
+    """Refuse an output directory that must not be written, before any work is done.
+
+    Raises:
+        OutputError: see :func:`atomic_directory`.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} is not a directory; name another output directory")
+    if out.exists():
+        if not force:
+            raise OutputError(f"{out} already exists; choose another output or replace it with --force")
+        names = {p.name for p in out.iterdir()}
+        if names and not names.intersection(_MARKS):
+            raise OutputError(
+                f"{out} exists and holds no model ({', '.join(sorted(names)[:3])} …), so --force does not "
+                "replace it; choose another output"
+            )
+    parent = next(p for p in (out if out.exists() else out.parent, *out.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {out}: no permission to write in {parent}")
+
+
+@contextlib.contextmanager
+def output_errors(out: Path) -> Generator[None, None, None]:
+    """Turn a full disk and missing permissions into one clear error.
+
+    Raises:
+        OutputError: naming ``out`` and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OutputError(
+                f"no space left on the disk while writing {out}; nothing was kept. Free some space, "
+                "or name an output on another disk"
+            ) from error
+        if error.errno in _DENIED:
+            raise OutputError(f"cannot write {out}: {error.strerror} ({error.filename or out})") from error
+        raise
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a directory until its descriptor is closed; None where the system has no such locks."""
+    try:
+        import fcntl
+
+        fd = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed runs left: unlocked, and their process is gone or they are a minute old."""
+    for folder in out.parent.glob(f".{_escape(out.name[:100])}.graft-*-*"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(folder.name.rsplit("-", 2)[1])
+            gone = not _alive(pid) or time.time() - folder.stat().st_mtime > 60
+            lock = _lock(folder) if gone else None
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def _escape(name: str) -> str:
+    import glob
+
+    return glob.escape(name)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory (where the system can sync directories)."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF):
+            raise
+    finally:
+        os.close(fd)
+
+
+def _publish(staging: Path, out: Path, *, force: bool) -> None:
+    """Rename the finished directory into place; what was there goes last."""
+    if not out.exists():
+        staging.rename(out)
+    elif not force:
+        raise OutputError(f"{out} was made by someone else meanwhile; nothing was changed")
+    elif not _exchange(staging, out):
+        old = staging.with_name(staging.name + "-old")
+        out.rename(old)
+        try:
+            staging.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    sync(out.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step (Linux: renameat2 with RENAME_EXCHANGE); False if not possible."""
+    if sys.platform != "linux":
+        return False
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here = -100  # AT_FDCWD
+    return call(here, os.fsencode(a), here, os.fsencode(b), 2) == 0
