@@ -164,3 +164,25 @@ class Layout:
         else:
             stacked = stored.view(g, o, i)
         return stacked
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the stored matrix holds M[g]ᵀ, or its columns are cut into groups."""
+        _, axis, transposed = _PATTERNS[self.pattern]
+        return transposed or axis == "cols"
+
+    def place(self, blocks: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """The enabled groups' blocks ``[n, o, i]`` as a weight of this shape, zero elsewhere.
+
+        The inverse of :meth:`view`, differentiable.
+        """
+        g, o, i = self.dims(shape)
+        if self.only is not None:
+            index = torch.tensor(self.only, device=blocks.device)
+            blocks = blocks.new_zeros((g, o, i)).index_copy(0, index, blocks)
+        _, axis, transposed = _PATTERNS[self.pattern]
+        if axis == "cols":
+            blocks = blocks.permute(2, 0, 1)
+        elif transposed:
+            blocks = blocks.transpose(1, 2)
+        return blocks.reshape(tuple(shape))
