@@ -1,0 +1,5 @@
+"""``python -m graft``: the command ``graft``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,72 @@
+"""``graft fuse``: base + adapter → a model, from file to file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import dtype, finite, size
+from .output import print_json, progress_bar
+
+
+@click.command()
+@click.argument("base")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option(
+    "--dtype",
+    type=dtype,
+    metavar="DTYPE",
+    help="Round the fused model to bfloat16, float16 or float32 (bf16, fp16, fp32).  [default: as BASE]",
+)
+@click.option(
+    "--scale",
+    type=finite,
+    metavar="NUMBER",
+    default="1",
+    show_default=True,
+    help="Multiply ΔW by this: 0.5 fuses half of it, −1 takes it away.",
+)
+@click.option(
+    "--alpha",
+    type=finite,
+    metavar="NUMBER",
+    help="The adapter's alpha, for formats that do not carry it (loralib).",
+)
+@click.option(
+    "--max-shard-size",
+    type=size,
+    metavar="SIZE",
+    help="Largest file to write: 5GB, 500MB, 2GiB; a larger tensor gets its own.  [default: as BASE]",
+)
+@click.option(
+    "--adapter-config",
+    type=click.Path(path_type=Path),
+    help="The adapter's configuration, when it does not lie beside the weights.",
+)
+@click.option(
+    "--tied",
+    type=click.Choice(["untie", "shared"]),
+    help="What to do when an adapter changes one of two tied weights: untie them, or change both.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads that compute.  [default: all cores]"
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it exists and is a model; it stays until then.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress bar.")
+def fuse(base: str, adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write BASE + ADAPTER to OUT as one model, without ever loading it.
+
+    BASE is a Hugging Face directory or a hub id, ADAPTER a directory or a file of any known format.
+    Every fused weight is W + scale·B·A rounded once; all others are copied bit for bit. OUT appears
+    whole or not at all, and neither input is ever written to.
+    """
+    from ..fuse_files import fuse as fuse_files
+
+    with progress_bar("fusing", quiet=as_json) as progress:
+        report = fuse_files(base, adapter, out, progress=progress, **options).to_dict()
+    if as_json:
+        print_json(report)

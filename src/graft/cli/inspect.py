@@ -1,0 +1,108 @@
+"""``graft inspect``: what is in an adapter or a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import finite
+from .output import count, number, print_facts, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from ..inspect_files import AdapterReport, ModelReport, SiteReport
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--alpha",
+    type=finite,
+    metavar="NUMBER",
+    help="The adapter's alpha, for formats that do not carry it (loralib).",
+)
+@click.option(
+    "--adapter-config",
+    type=click.Path(path_type=Path),
+    help="The adapter's configuration file, when it does not lie beside the weights.",
+)
+@click.option("--all", "show_all", is_flag=True, help="List every site, not the first 20.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(
+    path: Path, alpha: float | None, adapter_config: Path | None, show_all: bool, as_json: bool
+) -> None:
+    """Show what PATH holds: an adapter (directory or file) or a model (directory).
+
+    For an adapter: format, sites, ranks, scales, parameters, norms of A, B and ΔW, dead sites
+    (B = 0). For a model: tensors, dtypes, and what was fused into it.
+    """
+    from ..inspect_files import AdapterReport
+    from ..inspect_files import inspect as inspect_files
+
+    report = inspect_files(path, alpha=alpha, adapter_config=adapter_config)
+    if as_json:
+        print_json(report.to_dict())
+    elif isinstance(report, AdapterReport):
+        _show_adapter(report, show_all)
+    else:
+        _show_model(report)
+
+
+def _show_adapter(report: AdapterReport, show_all: bool) -> None:
+    facts = [
+        ("format", report.format),
+        ("base", report.base or ""),
+        ("sites", str(len(report.sites))),
+        ("rank", ", ".join(map(str, report.ranks))),
+        ("scale", ", ".join(map(number, report.scales))),
+        ("parameters", f"{count(report.parameters)} ({report.parameters:,})"),
+        ("dtype", ", ".join(report.dtypes)),
+        ("DoRA", f"{sum(s.dora for s in report.sites)} sites" if any(s.dora for s in report.sites) else ""),
+        ("replaced", _few(report.replaced)),
+        ("shifted", _few(report.shifted)),
+        ("rows", ", ".join(f"{n} of {name}" for name, n in report.rows.items())),
+        (
+            "dead",
+            f"{len(report.dead)} of {len(report.sites)} sites change nothing (A or B is 0)"
+            * bool(report.dead),
+        ),
+        ("not finite", _few([s.name for s in report.sites if not s.finite])),
+    ]
+    print_facts(f"adapter {report.path}", facts, report.notes)
+    shown = report.sites if show_all else report.sites[:20]
+    if shown:
+        headers = ("site", "rank", "scale", "‖A‖", "‖B‖", "‖ΔW‖", "")
+        print_table(headers, [_row(site) for site in shown], right=(1, 2, 3, 4, 5))
+    if len(shown) < len(report.sites):
+        click.echo(f"… and {len(report.sites) - len(shown)} more sites; --all lists them")
+
+
+def _row(site: SiteReport) -> tuple[str, ...]:
+    norms = (site.norm_A, site.norm_B, site.norm_delta)
+    mark = "" if site.finite else "not finite"
+    return (site.name, str(site.rank), number(site.scale), *map(number, norms), "dead" if site.dead else mark)
+
+
+def _show_model(report: ModelReport) -> None:
+    fused = report.fused or {}
+    facts = [
+        ("model", ", ".join(report.architectures) or report.model_type or ""),
+        ("tensors", f"{report.tensors} in {len(report.files)} file{'s' * (len(report.files) != 1)}"),
+        ("parameters", f"{count(report.parameters)} ({report.parameters:,})"),
+        ("size", size(report.bytes)),
+        ("dtype", ", ".join(f"{name} ({count(n)})" for name, n in report.dtypes.items())),
+        ("quantised", report.quantised or ""),
+    ]
+    print_facts(
+        f"model {report.path}", facts + [(f"fused {k}", _brief(v)) for k, v in fused.items()], report.notes
+    )
+
+
+def _brief(value: object) -> str:
+    return "" if isinstance(value, (dict, list)) else str(value)
+
+
+def _few(names: tuple[str, ...] | list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

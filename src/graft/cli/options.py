@@ -1,0 +1,57 @@
+"""Values of options, read and checked before anything else is done."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import click
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_DTYPES = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+}
+
+
+def size(text: str) -> int:
+    """A number of bytes with a unit: 5GB (10⁹), 500MB, 2GiB (2³⁰), 1000000."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise click.BadParameter(f"{text!r} is not a size; write it as 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * unit)
+
+
+def dtype(text: str) -> str:
+    """A floating dtype of weights, by its torch name or its short one."""
+    found = _DTYPES.get(text.removeprefix("torch.").lower())
+    if found is None:
+        raise click.BadParameter(f"{text!r} is not a dtype to round to; use one of: {', '.join(_DTYPES)}")
+    return found
+
+
+def finite(text: str) -> float:
+    """A finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise click.BadParameter(f"{text!r} is not a finite number")
+    return number
