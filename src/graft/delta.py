@@ -16,9 +16,10 @@ Where the exact ΔW of an element is zero, the weight's own bits stay (so −0 s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,9 @@ from . import kernel
 from .errors import LayoutError, StateError
 from .layout import Layout
 from .rounding import WEIGHT_DTYPES, bits, round_exact_sum, round_once, two_product
+
+X = TypeVar("X")
+Y = TypeVar("Y")
 
 #: elements per block: large enough to hide a call's overhead, small enough to stay in cache
 BLOCK = 1 << 18
@@ -182,15 +186,15 @@ class Delta:
 
 
 def each(
-    one: Callable[[Block], int], blocks: Iterator[Block], like: torch.Tensor, threads: int | None = None
-) -> Iterator[int]:
-    """Run ``one`` over the blocks, in order of the results, in threads when the kernel does the work."""
+    one: Callable[[X], Y], items: Iterable[X], like: torch.Tensor, threads: int | None = None
+) -> Iterator[Y]:
+    """``map(one, items)``, in threads where the kernel does the work (it releases the interpreter)."""
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 2 or like.numel() < 2 * BLOCK or not kernel.usable(like):
-        yield from map(one, blocks)
+        yield from map(one, items)
         return
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(one, blocks)
+        yield from pool.map(one, items)
 
 
 def add_block(

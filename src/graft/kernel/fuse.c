@@ -1,0 +1,284 @@
+/* out = round(w + sign · left · diag(scale) · right), rounded once, and what its inverse needs.
+ *
+ * A panel of columns at a time: sums in float (double when the output is float32) with an error bound t
+ * decide every element for which v − t and v + t round alike; the others go to settle(), first in double
+ * with its own bound, then without error. See graft/delta.py for the definition that this computes.
+ *
+ * Legend: w[rows, cols] with row stride ldw, left[rows, rank], right[rank, cols] with row stride ldr,
+ * all strides in elements; scale[rank] already carries the sign.
+ */
+#include <fenv.h>
+#include <stdlib.h>
+
+#include "number.h"
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define VECS 4
+#elif defined(__AVX__)
+#define LANES 8
+#define VECS 2
+#else
+#define LANES 4
+#define VECS 2
+#endif
+#define TILE 4                    /* rows that share one pass over the packed panel */
+#define STEP (LANES * VECS)
+#define PANEL 256                 /* columns; rank 16 then fits the first-level cache */
+
+typedef float vf __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef double vd __attribute__((vector_size(LANES * 4), aligned(8)));
+
+typedef struct {
+    int64_t rank, ldl, ldr;
+    const float *left, *right;
+    const double *scale;
+} factors;
+
+typedef struct {
+    float *ls, *panel, *amax;     /* scaled left [rows, rank]; packed panel [rank, PANEL]; max |panel[k]| */
+    double *lsd, *paneld;         /* the same in double, for float32 outputs */
+    double *parts;                /* room for an exact sum: 2 rank + 2 */
+} scratch;
+
+/* One element that the panel's sum could not decide; right[k·PANEL] is its column of the packed panel.
+ * Adds to *broken if the result is not finite. */
+static uint32_t settle(uint32_t wbits, int din, int dout, const factors *f, int64_t row, const float *right,
+                       double sign, double *parts, int64_t *broken) {
+    const float *left = f->left + row * f->ldl;
+    double w = value_of(wbits, din), v = 0, size = 0;
+    uint32_t own = din == dout ? wbits : round_float((float)w, dout);
+    if (!isfinite(w)) return own;
+    for (int64_t k = 0; k < f->rank; k++) {
+        double p = f->scale[k] * left[k] * right[k * PANEL];
+        v += p;
+        size += fabs(p);
+    }
+    if (size == 0) return own;
+    v = w + sign * v;
+    double t = (size * (double)(f->rank + 4) + fabs(v)) * 0x1p-51;
+    uint32_t out = round_double(v - t, dout);
+    if (out != round_double(v + t, dout)) {
+        exact_sum sum = {parts, 0};
+        for (int64_t k = 0; k < f->rank; k++) {
+            double p = (double)left[k] * right[k * PANEL];
+            volatile double hi = p * f->scale[k];   /* volatile: no contraction into the sums below */
+            volatile double lo = fma(p, f->scale[k], -hi);
+            exact_add(&sum, sign * hi);
+            exact_add(&sum, sign * lo);
+        }
+        if (sum.count == 0) return own;
+        exact_add(&sum, w);
+        out = round_double(exact_to_odd(&sum), dout);
+    }
+    if (!isfinite(value_of(out, dout))) *broken += 1;
+    return out;
+}
+
+/* acc[TILE][n] = ls[TILE, rank] · panel[rank, n], n a multiple of STEP. */
+#define SUMS(name, type, vec, width)                                                             \
+    static void name(const type *ls, const type *panel, int64_t rank, int64_t n, type *acc) {    \
+        for (int64_t j = 0; j < n; j += (width) * VECS) {                                        \
+            vec s[TILE][VECS];                                                                   \
+            memset(s, 0, sizeof s);                                                              \
+            for (int64_t k = 0; k < rank; k++) {                                                 \
+                const vec *r = (const vec *)(panel + k * PANEL + j);                             \
+                for (int i = 0; i < TILE; i++)                                                   \
+                    for (int q = 0; q < VECS; q++) s[i][q] += ls[i * rank + k] * r[q];           \
+            }                                                                                    \
+            for (int i = 0; i < TILE; i++)                                                       \
+                for (int q = 0; q < VECS; q++)                                                   \
+                    ((vec *)(acc + i * PANEL + j))[q] = s[i][q];                                 \
+        }                                                                                        \
+    }
+SUMS(sums_float, float, vf, LANES)
+SUMS(sums_double, double, vd, LANES / 2)
+
+/* Round w + sign·acc for n elements; open[j] ≠ 0 where the bound does not decide. Returns any(open).
+ * 0x1p-22·|v| covers the rounding of v itself and of v ± t. */
+#define ROUND16(name, TO, FROM, TOP)                                                             \
+    static uint32_t name(const uint16_t *w, int din, const float *acc, float sign, float bound,  \
+                         int64_t n, uint16_t *out, uint16_t *open) {                             \
+        float wide[PANEL];                                                                       \
+        if (din == BF16) for (int64_t j = 0; j < n; j++) wide[j] = bf16_to_float(w[j]);          \
+        else if (din == FP16) for (int64_t j = 0; j < n; j++) wide[j] = fp16_to_float(w[j]);     \
+        else memcpy(wide, w, (size_t)n * 4);                                                     \
+        uint32_t any = 0;                                                                        \
+        for (int64_t j = 0; j < n; j++) {                                                        \
+            float v = wide[j] + sign * acc[j], t = bound + u2f(f2u(v) & 0x7fffffffu) * 0x1p-22f; \
+            uint32_t low = TO(v - t), high = TO(v + t);                                          \
+            uint32_t o = (low ^ high) | ((high & TOP) == TOP) | ((low & TOP) == TOP);            \
+            out[j] = (uint16_t)low;                                                              \
+            open[j] = (uint16_t)o;                                                               \
+            any |= o;                                                                            \
+        }                                                                                        \
+        return any;                                                                              \
+    }
+ROUND16(round_bf16, float_to_bf16, bf16_to_float, 0x7f80u)
+ROUND16(round_fp16, float_to_fp16, fp16_to_float, 0x7c00u)
+
+static uint32_t round_fp32(const void *w, int din, const double *acc, double sign, double bound, int64_t n,
+                           uint32_t *out, uint16_t *open) {
+    uint32_t any = 0;
+    float wide[PANEL];
+    for (int64_t j = 0; j < n; j++) wide[j] = value_of(load_bits(w, j, din), din);
+    for (int64_t j = 0; j < n; j++) {
+        double v = (double)wide[j] + sign * acc[j], t = bound + fabs(v) * 0x1p-51;
+        uint32_t low = f2u((float)(v - t)), high = f2u((float)(v + t));
+        uint32_t o = (low ^ high) | ((high & 0x7f800000u) == 0x7f800000u);
+        out[j] = low;
+        open[j] = o != 0;
+        any |= o;
+    }
+    return any;
+}
+
+/* Pack right[:, c : c + n] into the panel, zero-padded to whole vectors, with each row's largest |value|. */
+static void pack(const factors *f, int64_t n, int wide, scratch *s) {
+    for (int64_t k = 0; k < f->rank; k++) {
+        const float *from = f->right + k * f->ldr;
+        float *to = s->panel + k * PANEL;
+        memcpy(to, from, (size_t)n * 4);
+        memset(to + n, 0, (size_t)(PANEL - n) * 4);
+        uint32_t top = 0;
+        for (int64_t j = 0; j < PANEL; j++) {
+            uint32_t m = f2u(to[j]) & 0x7fffffffu;
+            top = m > top ? m : top;
+        }
+        s->amax[k] = u2f(top);
+        if (wide) for (int64_t j = 0; j < PANEL; j++) s->paneld[k * PANEL + j] = to[j];
+    }
+}
+
+/* Bound on the error of one row's sums over the panel: γ_{rank+1} Σ|ls|·amax, plus what underflow can lose. */
+static double bound_of(const scratch *s, int64_t row, int64_t rank, int wide) {
+    double size = 0, other = 0;   /* two sums: one would wait for each addition */
+    for (int64_t k = 0; k < rank; k += 2) {
+        int64_t m = row * rank + k, last = k + 1 == rank;
+        size += (wide ? fabs(s->lsd[m]) : fabs((double)s->ls[m])) * s->amax[k];
+        other += last ? 0 : (wide ? fabs(s->lsd[m + 1]) : fabs((double)s->ls[m + 1])) * s->amax[k + 1];
+    }
+    size += other;
+    double unit = wide ? 0x1p-53 : 0x1p-24, n = (double)(rank + 4) * unit;
+    return size * n / (1 - n) * 1.0001 + (size > 0 ? (wide ? 0x1p-1000 : 0x1p-120) : 0);
+}
+
+typedef struct {
+    int din, dout;
+    const void *w;
+    int64_t ldw;
+    void *out;
+    int64_t ldo;
+} operand;
+
+/* Round one row of a panel, then settle what stayed open. */
+static void row_of_panel(const operand *x, const factors *f, scratch *s, int64_t row, int64_t col, int64_t n,
+                         const void *acc, double bound, double sign, int64_t *broken) {
+    uint16_t open[PANEL];
+    const char *w = (const char *)x->w + (row * x->ldw + col) * (x->din == FP32 ? 4 : 2);
+    char *out = (char *)x->out + (row * x->ldo + col) * (x->dout == FP32 ? 4 : 2);
+    uint32_t kept[PANEL];         /* settle() needs w after an in-place store */
+    memcpy(kept, w, (size_t)n * (x->din == FP32 ? 4 : 2));
+    uint32_t any;
+    if (bound == 0) {             /* ΔW is zero here: the weight's own bits stay, −0 too */
+        for (int64_t j = 0; j < n; j++) {
+            uint32_t own = load_bits(kept, j, x->din);
+            store_bits(out, j, x->dout, x->din == x->dout ? own : round_float(value_of(own, x->din), x->dout));
+        }
+        return;
+    }
+    if (x->dout == FP32)
+        any = round_fp32(kept, x->din, acc, sign, bound, n, (uint32_t *)out, open);
+    else if (x->dout == BF16)
+        any = round_bf16((const uint16_t *)kept, x->din, acc, (float)sign, (float)(bound * 1.001), n,
+                         (uint16_t *)out, open);
+    else
+        any = round_fp16((const uint16_t *)kept, x->din, acc, (float)sign, (float)(bound * 1.001), n,
+                         (uint16_t *)out, open);
+    if (!any) return;
+    for (int64_t j = 0; j < n; j++) {
+        if ((j & 3) == 0 && j + 4 <= n) {
+            uint64_t four;
+            memcpy(&four, open + j, 8);
+            if (four == 0) { j += 3; continue; }
+        }
+        if (open[j])
+            store_bits(out, j, x->dout, settle(load_bits(kept, j, x->din), x->din, x->dout, f, row,
+                                               s->panel + j, sign, s->parts, broken));
+    }
+}
+
+/* forward: out = round(w + ΔW). inverse, if given: inverse.out = round(inverse.w − ΔW), from the same sums. */
+static int64_t run(const operand *forward, const operand *inverse, int64_t rows, int64_t cols, factors f) {
+    int wide = forward->dout == FP32;
+    int64_t padded = (rows + TILE - 1) / TILE * TILE, r = f.rank, broken = 0, ignored = 0;
+    size_t item = wide ? 8 : 4;
+    char *room = calloc(1, (size_t)(padded * r + r * PANEL) * (item + (wide ? 4 : 0)) + (size_t)r * 4 +
+                               (size_t)(2 * r + 4) * 8 + 64);
+    if (!room) return -1;
+    scratch s = {0};
+    s.parts = (double *)room;
+    char *next = room + (2 * r + 4) * 8;
+    if (wide) {
+        s.lsd = (double *)next; next += padded * r * 8;
+        s.paneld = (double *)next; next += r * PANEL * 8;
+    }
+    s.ls = (float *)next; next += padded * r * 4;
+    s.panel = (float *)next; next += r * PANEL * 4;
+    s.amax = (float *)next;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t k = 0; k < r; k++) {
+            double scaled = f.scale[k] * f.left[i * f.ldl + k];
+            if (wide) s.lsd[i * r + k] = scaled;
+            else s.ls[i * r + k] = (float)scaled;
+        }
+    union { float f[TILE * PANEL]; double d[TILE * PANEL]; } acc;
+    const float *right = f.right;
+    for (int64_t c = 0; c < cols; c += PANEL) {
+        int64_t n = cols - c < PANEL ? cols - c : PANEL;
+        int64_t whole = (n + STEP - 1) / STEP * STEP;
+        f.right = right + c;
+        pack(&f, n, wide, &s);
+        for (int64_t i = 0; i < rows; i += TILE) {
+            if (wide) sums_double(s.lsd + i * r, s.paneld, r, whole, acc.d);
+            else sums_float(s.ls + i * r, s.panel, r, whole, acc.f);
+            for (int64_t q = i; q < i + TILE && q < rows; q++) {
+                const void *a = wide ? (void *)(acc.d + (q - i) * PANEL) : (void *)(acc.f + (q - i) * PANEL);
+                double bound = bound_of(&s, q, r, wide);
+                row_of_panel(forward, &f, &s, q, c, n, a, bound, 1.0, &broken);
+                if (inverse) row_of_panel(inverse, &f, &s, q, c, n, a, bound, -1.0, &ignored);
+            }
+        }
+    }
+    free(room);
+    return broken;
+}
+
+/* Flush-to-zero, if the caller's thread has it on, would lose subnormals: run in the default environment. */
+static int64_t run_safely(const operand *forward, const operand *inverse, int64_t rows, int64_t cols,
+                          factors f) {
+    fenv_t env;
+    fegetenv(&env);
+    fesetenv(FE_DFL_ENV);
+    int64_t broken = run(forward, inverse, rows, cols, f);
+    fesetenv(&env);
+    return broken;
+}
+
+/* Returns how many finite w gave an infinite or NaN result; −1 when memory ran out. */
+int64_t graft_add(int din, const void *w, int64_t ldw, int dout, void *out, int64_t ldo, int64_t rows,
+                  int64_t cols, int64_t rank, const float *left, int64_t ldl, const float *right, int64_t ldr,
+                  const double *scale) {
+    operand forward = {din, dout, w, ldw, out, ldo};
+    factors f = {rank, ldl, ldr, left, right, scale};
+    return run_safely(&forward, NULL, rows, cols, f);
+}
+
+/* fused[rows, cols] = round(w + ΔW) and back[rows, cols] = round(fused − ΔW), both dense. */
+int64_t graft_there_and_back(int dtype, const void *w, int64_t ldw, void *fused, void *back, int64_t rows,
+                             int64_t cols, int64_t rank, const float *left, int64_t ldl, const float *right,
+                             int64_t ldr, const double *scale) {
+    operand forward = {dtype, dtype, w, ldw, fused, cols}, inverse = {dtype, dtype, fused, cols, back, cols};
+    factors f = {rank, ldl, ldr, left, right, scale};
+    return run_safely(&forward, &inverse, rows, cols, f);
+}
