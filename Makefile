@@ -1,0 +1,52 @@
+# make demo   adapt, train, fuse, verify and unfuse a really pretrained model, from nothing
+# make test   the whole suite, from nothing
+# make lint   ruff and pyright
+# make bench  the benchmarks behind benchmarks/RESULTS.md
+#
+# PYTHON=python3.12 chooses the interpreter that the virtual environment is made with.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.demo
+	@HF_HUB_OFFLINE=1 $(BIN)/python examples/demo
+
+# One thread a process: two pytest workers then share two cores instead of fighting for them.
+test: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.dev
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+
+clean:
+	rm -rf demo-out .pytest_cache .ruff_cache .hypothesis
+
+# The stamps make every later run start at once; a change of the dependencies renews them.
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (torch is the large part; once only)"
+	@$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	@echo "setting up $(VENV) with the tools of the tests (once only)"
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "Graft needs Python 3.10 or later, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)."; \
+	  echo "Choose another interpreter: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
