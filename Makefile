@@ -35,18 +35,19 @@ clean:
 	rm -rf demo-out .pytest_cache .ruff_cache .hypothesis
 
 # The stamps make every later run start at once; a change of the dependencies renews them.
-$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setting up $(VENV) (torch is the large part; once only)"
 	@$(PIP) -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setting up $(VENV) with the tools of the tests (once only)"
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
-	  echo "Graft needs Python 3.10 or later, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)."; \
-	  echo "Choose another interpreter: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c '$(CHECK)' || { echo "Choose another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
+
+CHECK := import sys; sys.version_info >= (3, 10) or \
+  sys.exit("Graft needs Python 3.10 or later; " + sys.executable + " is " + sys.version.split()[0])
