@@ -163,15 +163,17 @@ def _is_model(folder: Path) -> bool:
 def _read_without_alpha(
     path: Path, format: str | None, config: Path | None
 ) -> tuple[Adapter, tuple[str, ...]]:
-    """Inspecting must not need what only fusing needs: a missing alpha is noted, not refused."""
+    """Inspecting must not need what only fusing needs: an alpha to be given is noted, not asked for."""
     try:
         return formats.read(path, format=format, config=config), ()
     except FormatError as refused:
-        if "alpha" not in str(refused):
+        if "--alpha" not in str(refused):
             raise
-        adapter = formats.read(path, format=format, alpha=1.0, config=config)
-        note = "the file carries no alpha; scales and ‖ΔW‖ are shown for alpha = 1, give --alpha for others"
-        return adapter, (note,)
+        try:
+            adapter = formats.read(path, format=format, alpha=1.0, config=config)
+        except FormatError:
+            raise refused from None
+    return adapter, ("the files carry no alpha: scales and ‖ΔW‖ are shown for alpha = 1; give --alpha",)
 
 
 def _adapter(path: Path, adapter: Adapter, notes: tuple[str, ...]) -> AdapterReport:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import finite
-from .output import count, number, print_facts, print_json, print_table, size
+from .output import count, exactly, number, print_facts, print_json, print_table, size
 
 if TYPE_CHECKING:
     from ..inspect_files import AdapterReport, ModelReport, SiteReport
@@ -56,7 +56,7 @@ def _show_adapter(report: AdapterReport, show_all: bool) -> None:
         ("sites", str(len(report.sites))),
         ("rank", ", ".join(map(str, report.ranks))),
         ("scale", ", ".join(map(number, report.scales))),
-        ("parameters", f"{count(report.parameters)} ({report.parameters:,})"),
+        ("parameters", exactly(report.parameters)),
         ("dtype", ", ".join(report.dtypes)),
         ("DoRA", f"{sum(s.dora for s in report.sites)} sites" if any(s.dora for s in report.sites) else ""),
         ("replaced", _few(report.replaced)),
@@ -89,7 +89,7 @@ def _show_model(report: ModelReport) -> None:
     facts = [
         ("model", ", ".join(report.architectures) or report.model_type or ""),
         ("tensors", f"{report.tensors} in {len(report.files)} file{'s' * (len(report.files) != 1)}"),
-        ("parameters", f"{count(report.parameters)} ({report.parameters:,})"),
+        ("parameters", exactly(report.parameters)),
         ("size", size(report.bytes)),
         ("dtype", ", ".join(f"{name} ({count(n)})" for name, n in report.dtypes.items())),
         ("quantised", report.quantised or ""),

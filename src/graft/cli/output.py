@@ -112,6 +112,11 @@ def count(n: int) -> str:
     return str(n)
 
 
+def exactly(n: int) -> str:
+    """A large count for people and in full: 8.4M (8,388,608)."""
+    return str(n) if n < 1000 else f"{count(n)} ({n:,})"
+
+
 def number(x: float | None) -> str:
     """Three significant digits; nothing for None."""
     return "" if x is None else f"{x:.3g}"
