@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from graft import __version__, errors
-from graft.cli import main
+from graft.cli import main, output
 from graft.cli.app import cli
 from graft.cli.options import dtype, finite, size
+from graft.cli.output import progress_bar
 
 
 @pytest.mark.parametrize("verb", sorted(cli.commands))
@@ -133,3 +138,50 @@ def test_dtypes_and_numbers() -> None:
     for text in ("nan", "inf", "two"):
         with pytest.raises(click.BadParameter, match="finite"):
             finite(text)
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress_bar("fusing", quiet=False) as progress:
+        assert progress is None
+    monkeypatch.setattr(sys, "stderr", Screen())
+    with progress_bar("fusing", quiet=True) as progress:
+        assert progress is None
+
+
+def test_progress_shows_bytes_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress_bar("fusing", quiet=False) as progress:
+        assert progress is not None
+        progress(3_000_000, 12_000_000)
+        time.sleep(0.01)
+        progress(6_000_000, 12_000_000)
+        time.sleep(0.4)
+    assert "fusing" in screen.getvalue() and "/s" in screen.getvalue() and "12.0 MB" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1500, "1.5 kB"),
+        (999_999, "1000 kB"),
+        (4_920_000_000, "4.92 GB"),
+        (123e9, "123 GB"),
+    ],
+)
+def test_sizes_for_people(n: float, text: str) -> None:
+    assert output.size(n) == text
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_json({"a": float("nan"), "b": (1, float("inf")), "c": Path("x"), "d": {2: True}})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1, None], "c": "x", "d": {"2": True}}
