@@ -16,6 +16,7 @@ Where the exact ΔW of an element is zero, the weight's own bits stay (so −0 s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -232,22 +233,21 @@ def exact_block(
     bound = scaled.abs() @ right.double().abs().amax(dim=1, keepdim=True)
     slack = (bound * (rank + 4) + value.abs()) * 2.0**-52
     low, high = round_once(value - slack, dtype), round_once(value + slack, dtype)
-    out = low
+    own = round_once(wide, dtype) if w.dtype == torch.float64 else w.to(dtype)
     open_ = bits(low) != bits(high)
     if dtype == torch.float64:
         open_ = torch.ones_like(open_)
     open_ &= w.isfinite()
-    out = torch.where(w.isfinite(), out, w.to(dtype))
-    out = torch.where((delta == 0) & (bound == 0), w.to(dtype), out)
+    out = torch.where(w.isfinite() & ((delta != 0) | (bound != 0)), low, own)
     where = open_.nonzero()
     if len(where):
-        out[where[:, 0], where[:, 1]] = _settle(wide, w, dtype, left, right, scale * sign, where)
+        out[where[:, 0], where[:, 1]] = _settle(wide, own, dtype, left, right, scale * sign, where)
     return out
 
 
 def _settle(
     wide: torch.Tensor,
-    w: torch.Tensor,
+    own: torch.Tensor,
     dtype: torch.dtype,
     left: torch.Tensor,
     right: torch.Tensor,
@@ -256,21 +256,14 @@ def _settle(
 ) -> torch.Tensor:
     """The elements that float64 cannot decide, from sums without any error."""
     row, col = where[:, 0], where[:, 1]
-    base, own = wide[row, col].cpu(), w[row, col].to(dtype).cpu()
+    base, settled = wide[row, col].cpu(), own[row, col].cpu()
     hi, lo = two_product(left[row].double().cpu(), right[:, col].T.double().cpu())
     parts = [x for half in (hi, lo) for x in two_product(half, scale.expand_as(half))]
     terms = torch.cat(parts, dim=1)
-    settled = own.clone()
     for n, (b, products) in enumerate(zip(base.tolist(), terms.tolist(), strict=True)):
-        if any(products) and _nonzero_sum(products):
+        if math.fsum(products) != 0.0:
             settled[n] = round_exact_sum([b, *products], dtype)
-    return settled.to(w.device)
-
-
-def _nonzero_sum(terms: list[float]) -> bool:
-    import math
-
-    return math.fsum(terms) != 0.0
+    return settled.to(own.device)
 
 
 def _wide(factor: torch.Tensor) -> torch.Tensor:

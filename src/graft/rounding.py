@@ -10,6 +10,7 @@ rounded; where its error bound straddles a rounding boundary, the sum is taken a
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable
 
 import torch
@@ -58,15 +59,9 @@ def round_exact_sum(terms: Iterable[float], dtype: torch.dtype) -> float:
     if dtype == torch.float64 or not math.isfinite(total):
         return total
     rest = math.fsum([*terms, -total])
-    if rest != 0.0 and int.from_bytes(_double_bytes(total), "little") & 1 == 0:
+    if rest != 0.0 and struct.pack("<d", total)[0] & 1 == 0:
         total = math.nextafter(total, math.copysign(math.inf, rest))
     return float(round_once(torch.tensor(total, dtype=torch.float64), dtype))
-
-
-def _double_bytes(x: float) -> bytes:
-    import struct
-
-    return struct.pack("<d", x)
 
 
 def two_product(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

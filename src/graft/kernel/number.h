@@ -59,6 +59,7 @@ static inline uint32_t round_double(double x, int dtype) {
 
 static inline uint32_t round_float(float x, int dtype) {
     if (dtype == FP32) return f2u(x);
+    if (x != x) return dtype == BF16 ? 0x7fc0 : 0x7e00;
     return dtype == BF16 ? float_to_bf16(x) : float_to_fp16(x);
 }
 
