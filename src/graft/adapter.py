@@ -25,8 +25,11 @@ class LowRank:
         magnitude: DoRA's m ``[o]``; then the weight becomes ``m · (W + ΔW) / ‖W + ΔW‖`` per row of M.
         fan_in_fan_out: what the file says of a weight stored ``[in, out]``; None if it says nothing.
         kind: what the module was, where the layout alone does not tell: ``linear`` (GPT-2 Conv1D
-            too), ``embedding``, ``conv``, ``parameter`` (packed experts and other named parameters).
+            too), ``embedding``, ``conv``, ``parameter`` (packed experts and other named parameters),
+            ``loralib`` (any of the first three, not told by the file).
         shape: the stored parameter's shape, once known.
+        among: where the file says only the module: the parameters that it may be, each with the scale it
+            would have; the base's shapes decide.
     """
 
     A: torch.Tensor
@@ -37,6 +40,7 @@ class LowRank:
     fan_in_fan_out: bool | None = None
     kind: str = "linear"
     shape: tuple[int, ...] | None = None
+    among: tuple[tuple[str, float], ...] = ()
 
     @property
     def rank(self) -> int:

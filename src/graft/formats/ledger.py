@@ -1,0 +1,66 @@
+"""The accounting that every reader ends with: each key used exactly once, each tensor whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from ..errors import FormatError, Problems
+from ..rounding import WEIGHT_DTYPES
+
+
+class Ledger:
+    """Hands out a file's tensors and remembers which were taken.
+
+    Args:
+        tensors: the file's tensors.
+        where: the file, for messages.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], where: object) -> None:
+        self._tensors, self._where = tensors, where
+        self._taken: set[str] = set()
+        self.problems = Problems(FormatError, f"{where} cannot be used:")
+
+    def take(self, key: str) -> torch.Tensor:
+        """The tensor of this key, to be taken once."""
+        assert key not in self._taken, key
+        self._taken.add(key)
+        return self._tensors[key]
+
+    def left(self) -> list[str]:
+        """Keys not taken yet, in the file's order."""
+        return [key for key in self._tensors if key not in self._taken]
+
+    def check_tensors(self) -> None:
+        """Record every tensor that is empty, not floating point, or not finite."""
+        for key, tensor in self._tensors.items():
+            if tensor.numel() == 0:
+                self.problems.add(
+                    f"{key} is empty, shape {list(tensor.shape)}: the writer did not gather its shards "
+                    "(ZeRO-3, FSDP); save the adapter again with gathered parameters"
+                )
+            elif tensor.dtype not in WEIGHT_DTYPES:
+                self.problems.add(
+                    f"{key} has dtype {tensor.dtype}; bfloat16, float16, float32 or float64 is needed"
+                )
+            elif not bool(tensor.isfinite().all()):
+                self.problems.add(f"{key} holds NaN or infinite values")
+
+    def close(self, mend: str = "", explain: Callable[[str], str] = lambda key: "unknown key") -> None:
+        """Raise everything recorded, each key that nobody took included.
+
+        Raises:
+            FormatError: at least one fault.
+        """
+        for key in self.left():
+            self.problems.add(f"{key}: {explain(key)}")
+        self.problems.raise_if_any(mend)
+
+
+def listed(names: Iterable[str], shown: int = 6) -> str:
+    """A short list for a sentence: ``a, b, c and 3 more``."""
+    names = list(names)
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,105 @@
+"""Microsoft's loralib: ``loralib.lora_state_dict(model)`` saved with torch.save.
+
+The file holds ``<module>.lora_A`` and ``<module>.lora_B`` (and biases), and says nothing of alpha, of the
+module's class, or of MergedLinear's ``enable_lora``: alpha is asked for, the rest is decided by the base's
+shapes when the adapter is bound. scale = alpha / r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..adapter import Adapter, LowRank
+from ..errors import FormatError
+from ..layout import Layout
+from .ledger import Ledger, listed
+from .protocol import Options
+from .source import Source
+
+
+class LoralibFormat:
+    """The format's entry in the registry."""
+
+    name = "loralib"
+
+    def detect(self, source: Source) -> bool:
+        """By content: tensors whose last name component is ``lora_A`` and ``lora_B``."""
+        return {"lora_A", "lora_B"} <= {key.rpartition(".")[2] for key in source.tensors}
+
+    def read(self, source: Source, options: Options) -> Adapter:
+        return _read(source, options)
+
+    def write(
+        self, adapter: Adapter, path: Path, base_name: str | None, extra: Mapping[str, object]
+    ) -> list[str]:
+        from . import loralib_writer
+
+        return loralib_writer.write(adapter, path)
+
+
+def _read(source: Source, options: Options) -> Adapter:
+    if options.alpha is None:
+        raise FormatError(
+            f"{source.weights} is loralib's, whose files do not carry alpha; give the lora_alpha used in "
+            "training with --alpha (alpha= in Python)"
+        )
+    if not options.alpha > 0:
+        raise FormatError(f"alpha must be positive, got {options.alpha:g}")
+    ledger = Ledger(source.tensors, source.weights)
+    ledger.check_tensors()
+    ledger.problems.raise_if_any()
+    sites: dict[str, LowRank] = {}
+    replace: dict[str, torch.Tensor] = {}
+    others: list[str] = []
+    for key in source.tensors:
+        module, _, leaf = key.rpartition(".")
+        if leaf == "lora_A":
+            if f"{module}.lora_B" not in source.tensors:
+                ledger.take(key)
+                ledger.problems.add(f"{key} has no lora_B")
+                continue
+            site = _site(ledger, module, options)
+            if site is not None:
+                sites[f"{module}.weight"] = site
+        elif leaf == "lora_B":
+            if f"{module}.lora_A" not in source.tensors:
+                ledger.take(key)
+                ledger.problems.add(f"{key} has no lora_A")
+        elif any("bias" in part for part in key.split(".")):  # loralib's own rule for bias="all"
+            replace[key] = ledger.take(key)
+        else:
+            others.append(key)
+    if others:
+        raise FormatError(
+            f"{source.weights} holds a whole model ({len(others)} tensors besides LoRA's: {listed(others, 3)}); "
+            "whether its weights already hold the update (loralib adds it on eval()) cannot be told, so save "
+            "loralib.lora_state_dict(model) alone"
+        )
+    ledger.close()
+    note = "loralib's files do not name the class of a module: it is told by the base's shapes"
+    return Adapter(sites, replace, format="loralib", config={"alpha": options.alpha}, notes=(note,))
+
+
+def _site(ledger: Ledger, module: str, options: Options) -> LowRank | None:
+    a, b = ledger.take(f"{module}.lora_A"), ledger.take(f"{module}.lora_B")
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] % b.shape[1]:
+        ledger.problems.add(
+            f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not agree on the rank"
+        )
+        return None
+    assert options.alpha is not None
+    layout = None
+    groups = a.shape[0] // b.shape[1]
+    if options.enable_lora is not None:
+        enabled = tuple(i for i, on in enumerate(options.enable_lora) if on)
+        if len(enabled) == groups and len(options.enable_lora) > 1:
+            layout = Layout("(g o) i", len(options.enable_lora), enabled)
+        elif groups > 1:
+            ledger.problems.add(
+                f"{module}: lora_A holds {groups} blocks, enable_lora={list(options.enable_lora)} "
+                f"enables {len(enabled)}"
+            )
+    return LowRank(a, b, options.alpha / b.shape[1], layout=layout, kind="loralib")

@@ -1,0 +1,96 @@
+"""PEFT's ``target_parameters``: LoRA on named parameters, mostly packed experts ``[E, …]``.
+
+PEFT stores A as ``[(E r), i]`` with row e·r + k and B as ``[o, (r E)]`` with column k·E + e, and nests one
+wrapper per parameter: the parameter declared last on the module is the outermost.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...adapter import LowRank
+
+if TYPE_CHECKING:
+    from .keys import Key
+    from .reader import _Reader  # pyright: ignore[reportPrivateUsage]
+
+#: PEFT up to this version never swaps in and out, and reads every 3-D weight as ``[E, in, out]``
+_LAST_UNSWAPPED = (0, 18, 1)
+
+
+def packed(
+    reader: _Reader, module: tuple[str, ...], pairs: list[tuple[Key, Key]], candidates: list[str]
+) -> None:
+    """Add the sites of one module's parameters.
+
+    Args:
+        pairs: (A, B) keys, innermost wrapper first.
+        candidates: names of the module's parameters that ``target_parameters`` lists.
+    """
+    name = ".".join(module)
+    if len(pairs) > len(candidates):
+        reader.problems.add(
+            f"{name} has {len(pairs)} adapters for parameters, but target_parameters names only "
+            f"{', '.join(candidates)}"
+        )
+    settings = {leaf: reader.settings.of(f"{name}.{leaf}") for leaf in candidates}
+    for depth, (a, b) in enumerate(pairs):
+        raw_a, raw_b = reader.ledger.take(a.text), reader.ledger.take(b.text)
+        if raw_a.dim() != 2 or raw_b.dim() != 2 or raw_a.shape[0] != raw_b.shape[1]:
+            reader.problems.add(
+                f"{a.text} and {b.text} do not agree on the rank: A {list(raw_a.shape)}, B {list(raw_b.shape)}"
+            )
+            continue
+        fitting = [leaf for leaf in candidates if raw_a.shape[0] % settings[leaf][0] == 0]
+        ranks = {settings[leaf][0] for leaf in fitting}
+        if len(ranks) != 1:
+            reader.problems.add(
+                f"{a.text} has {raw_a.shape[0]} rows; which of the ranks "
+                f"{sorted({rank for rank, _ in settings.values()})} it has cannot be told"
+            )
+            continue
+        rank = ranks.pop()
+        experts = raw_a.shape[0] // rank
+        _check_dialect(reader, b, rank, experts)
+        site = LowRank(
+            raw_a,
+            expert_major(raw_b, experts),
+            settings[fitting[0]][1],
+            kind="parameter",
+            fan_in_fan_out=True if _unswapped(reader) and experts > 1 else None,
+            among=tuple((leaf, settings[leaf][1]) for leaf in fitting),
+        )
+        alone = len(fitting) == 1 and len(pairs) == 1
+        reader.sites[f"{name}.{fitting[0]}" if alone else f"{name}.?{depth}"] = site
+
+
+def expert_major(b: torch.Tensor, experts: int) -> torch.Tensor:
+    """PEFT's B ``[o, (r E)]`` as the canonical ``[(E o), r]``."""
+    if experts == 1:
+        return b
+    o = b.shape[0]
+    return b.reshape(o, -1, experts).permute(2, 0, 1).reshape(experts * o, -1)
+
+
+def rank_major(b: torch.Tensor, experts: int) -> torch.Tensor:
+    """The canonical B ``[(E o), r]`` as PEFT's ``[o, (r E)]``."""
+    if experts == 1:
+        return b
+    rank = b.shape[1]
+    return b.reshape(experts, -1, rank).permute(1, 2, 0).reshape(-1, rank * experts)
+
+
+def _unswapped(reader: _Reader) -> bool:
+    version = reader.settings.version
+    return version is not None and version <= _LAST_UNSWAPPED
+
+
+def _check_dialect(reader: _Reader, b: Key, rank: int, experts: int) -> None:
+    if reader.settings.version is None and rank > 1 and experts > 1:
+        reader.problems.add(
+            f"{b.text}: the order of its columns is unknown, because {reader.source.config_path.name} lacks "
+            "peft_version (Megatron-Bridge orders them expert by expert, PEFT rank by rank); if PEFT wrote it, "
+            'add "peft_version": "0.17.1"'
+        )
