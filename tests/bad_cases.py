@@ -246,11 +246,19 @@ BASE = [
     Case(
         "header of absurd length",
         lambda p: p.shards[0].write_bytes(b"\xff" * 7 + b"\x7f" + b"{}" * 50),
-        r"00001-of-00002.*header",
+        r"00001-of-00002.*not a safetensors file",
     ),
-    Case("header not JSON", lambda p: write_header(p.shards[0], b"{nope", b"12"), r"00001-of-00002.*header"),
-    Case("header a list", lambda p: write_header(p.shards[0], b"[1, 2]", b"12"), r"00001-of-00002.*header"),
-    Case("overlapping offsets", header(_swap_offsets), r"00001-of-00002.*(overlap|offset)"),
+    Case(
+        "header not JSON",
+        lambda p: write_header(p.shards[0], b"{nope", b"12"),
+        r"00001-of-00002.*(header|not a safetensors)",
+    ),
+    Case(
+        "header a list",
+        lambda p: write_header(p.shards[0], b"[1, 2]", b"12"),
+        r"00001-of-00002.*(header|not a safetensors)",
+    ),
+    Case("overlapping offsets", header(_swap_offsets), r"00001-of-00002.*(overlap|hole)"),
     Case(
         "offsets beyond the file", header(lambda d: _first(d).update(data_offsets=[0, 1 << 40])), r"00001-of"
     ),
@@ -259,9 +267,9 @@ BASE = [
     Case("negative shape", header(lambda d: _first(d).update(shape=[-64, -32])), r"00001-of"),
     Case("unknown dtype in the header", header(lambda d: _first(d).update(dtype="Q4_K")), r"Q4_K"),
     Case("no offsets in the header", header(lambda d: _first(d).pop("data_offsets")), r"00001-of"),
-    Case("evil pickle as base", _evil_base, r"pytorch_model\.bin"),
-    Case("int8 weights", shard(_in_dtype(torch.int8)), r"int8.*|dequantise"),
-    Case("fp8 weights", shard(_in_dtype(torch.float8_e4m3fn)), r"float8.*|dequantise"),
+    Case("evil pickle as base", _evil_base, r"pytorch_model\.bin.*posix\.system"),
+    Case("int8 weights", shard(_in_dtype(torch.int8)), r"int8|dequantise"),
+    Case("fp8 weights", shard(_in_dtype(torch.float8_e4m3fn)), r"float8|dequantise"),
     Case(
         "4-bit base",
         lambda p: edit_json(
@@ -356,7 +364,7 @@ ADAPTER = [
     Case("adapter is an LFS pointer", lambda p: p.weights.write_text(LFS), r"(?i)lfs pull"),
     Case("adapter of zero bytes", _cut(lambda p: p.weights, 0), r"adapter_model\.safetensors.*empty"),
     Case("adapter truncated", _cut(lambda p: p.weights, -10), r"adapter_model\.safetensors"),
-    Case("evil pickle as adapter", _evil_adapter, r"adapter_model\.bin"),
+    Case("evil pickle as adapter", _evil_adapter, r"adapter_model\.bin.*posix\.system"),
     Case(
         "a text file as adapter", lambda p: setattr(p, "adapter", _file(p.root / "a.bin", "hello")), r"a\.bin"
     ),

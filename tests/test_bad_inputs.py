@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from graft.cli.app import cli
 
-from .bad_cases import CASES, REPAIRED, Case
+from .bad_cases import ADAPTER, CASES, REPAIRED, Case
 from .pairs import Pair, snapshot, write_pair
 
 
@@ -51,3 +54,52 @@ def test_what_can_be_proven_is_fused(case: Case, pair: Pair) -> None:
         run(["verify", str(pair.out), "--base", str(pair.base), "--adapter", str(pair.adapter)]).exit_code
         == 0
     )
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to let any file grow beyond ``size``, as a full disk would."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000, 20_000])
+def test_files_cannot_grow(size: int, pair: Pair) -> None:
+    before = snapshot(pair.root)
+    with largest_file(size):
+        result = run(pair.call)
+    assert result.exit_code == 2, result.output
+    assert "Free some space" in result.stderr
+    assert snapshot(pair.root) == before
+    assert run(pair.call).exit_code == 0
+
+
+@pytest.mark.parametrize("room", [16, 32, 44])
+def test_disk_is_full(room: int, pair: Pair) -> None:
+    """A real file system of so many kB, too small for a model of 40 kB and its cards."""
+    disk = pair.root / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={room}k", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        pair.out = disk / "out"
+        result = run(pair.call)
+        assert result.exit_code == 2, result.output
+        assert "space" in result.stderr and not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("case", ADAPTER, ids=lambda c: c.name)
+def test_inspect_never_ends_in_a_traceback(case: Case, pair: Pair) -> None:
+    case.damage(pair)
+    before = snapshot(pair.root)
+    result = run(["inspect", str(pair.adapter)])
+    assert result.exit_code == 0 or (result.exit_code == 2 and "error: " in result.stderr), result.output
+    assert snapshot(pair.root) == before

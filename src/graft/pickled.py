@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import cast
 
@@ -29,15 +30,16 @@ def load_pickled(path: Path) -> object:
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
+        if (refused := _refused(error)) is None:
+            raise _unreadable(path, "its pickle is damaged, or holds more than tensors") from None
         raise FormatError(
-            f"{path} holds more than tensors, and loading it could run code: {_first_line(error)}. "
+            f"{path} holds more than tensors, and loading it could run code ({refused}). Nothing was run. "
             "Save it again as safetensors, or as a plain dict of tensors"
         ) from None
+    except (KeyError, IndexError, EOFError):  # what the unpickler says of bytes that are no pickle
+        raise _unreadable(path, "it is neither a zip nor a pickle") from None
     except Exception as error:
-        raise FormatError(
-            f"{path} is not a readable PyTorch file: {_first_line(error)}. It may be truncated: download "
-            "it again"
-        ) from error
+        raise _unreadable(path, _first_sentence(error)) from error
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -60,8 +62,21 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: t.detach() for name, t in tensors.items()}
 
 
-def _first_line(error: BaseException) -> str:
+def _unreadable(path: Path, why: str) -> FormatError:
+    return FormatError(
+        f"{path} is not a readable PyTorch file: {why}. It may be truncated: download it again"
+    )
+
+
+def _refused(error: pickle.UnpicklingError) -> str | None:
+    """The global that weights_only refused; None if the pickle is just damaged.
+
+    Torch's whole text must not reach the user: it advises loading with weights_only=False.
+    """
+    found = re.search(r"GLOBAL:?\s+([\w.]+)", str(error))
+    return found[1] if found else None
+
+
+def _first_sentence(error: BaseException) -> str:
     """The first sentence of torch's long explanations."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    refused = [line for line in lines if line.startswith("WeightsUnpickler error")]
-    return (refused or lines or [type(error).__name__])[0].rstrip(".")
+    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
