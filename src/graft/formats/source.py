@@ -11,7 +11,7 @@ import torch
 from ..errors import FormatError
 from ..tensors import load_file, read_json
 
-#: weight files of an adapter directory, in the order in which their writers prefer them
+#: weight files of an adapter directory, as PEFT names them
 _PREFERRED = ("adapter_model.safetensors", "adapter_model.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 CONFIG_NAME = "adapter_config.json"
@@ -59,9 +59,14 @@ def _weight_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise FormatError(f"there is no adapter at {path}; name an adapter file or directory that exists")
-    for name in _PREFERRED:
-        if (path / name).is_file():
-            return path / name
+    preferred = [path / name for name in _PREFERRED if (path / name).is_file()]
+    if len(preferred) > 1:
+        raise FormatError(
+            f"{path} holds both {' and '.join(p.name for p in preferred)}, which may differ; "
+            "name the one to use, or remove the other"
+        )
+    if preferred:
+        return preferred[0]
     found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
     if len(found) == 1:
         return found[0]
