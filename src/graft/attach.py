@@ -1,0 +1,142 @@
+"""Make parameters of a model sites, and plain again: the only code that adds or removes factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from .adapted import Adapted, Site, Slot, adapted_class, factor_names, slots_of
+from .branches import branch_of, fits
+from .errors import TargetError
+from .kinds import read_children
+
+
+def become_adapted(module: nn.Module) -> Adapted:
+    """Swap the module's class; it has no site yet.
+
+    Raises:
+        TargetError: a module whose class cannot be swapped.
+    """
+    if isinstance(module, Adapted):
+        return module
+    if "forward" in module.__dict__:
+        raise TargetError(
+            f"a {type(module).__name__} has its forward replaced on the instance (accelerate's device_map "
+            "hooks do so), which would bypass the adapter; adapt the model before it is dispatched"
+        )
+    try:
+        module.__class__ = adapted_class(type(module))
+    except TypeError as error:
+        raise TargetError(f"the class of a {type(module).__name__} cannot be swapped: {error}") from None
+    adapted = cast(Adapted, module)
+    adapted.graft_slots = {}
+    return adapted
+
+
+def become_plain(module: Adapted) -> None:
+    """The plain class again; the module must have no site left."""
+    assert not module.graft_slots
+    del module.graft_slots
+    module.__class__ = cast(Any, module.graft_plain)
+
+
+def attach(
+    module: nn.Module,
+    parameter: str,
+    site: Site,
+    a: nn.Parameter,
+    b: nn.Parameter,
+    *,
+    through_parent: bool = False,
+) -> Slot:
+    """Make one parameter of a module a site; tied modules are given the same site and factors.
+
+    Raises:
+        TargetError: dropout on a parameter whose forward Graft does not know.
+    """
+    weight = getattr(module, parameter)
+    known = branch_of(plain_class(module)) is not None and fits(module, weight, site.layout)
+    factored = parameter == "weight" and known and not through_parent
+    if not factored and site.options.dropout:
+        raise TargetError(
+            f"dropout={site.options.dropout} cannot be applied to {type(module).__name__}.{parameter}: its "
+            "forward runs on W + ΔW as a whole, not on factors; set dropout=0 for it"
+        )
+    if getattr(module, "max_norm", None) is not None:
+        raise TargetError(
+            f"{type(module).__name__} with max_norm={module.max_norm} rewrites its weight in every forward; "
+            "set module.max_norm = None to adapt it"
+        )
+    adapted = become_adapted(module)
+    for name, value in zip(factor_names(parameter), (a, b), strict=True):
+        adapted.register_parameter(name, value)
+    adapted.graft_slots[parameter] = Slot(site, factored)
+    return adapted.graft_slots[parameter]
+
+
+def detach(module: Adapted, parameter: str) -> None:
+    """Remove one site's factors from a module."""
+    for name in factor_names(parameter):
+        delattr(module, name)
+    del module.graft_slots[parameter]
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    return module.graft_plain if isinstance(module, Adapted) else type(module)
+
+
+def sites(model: nn.Module) -> Mapping[str, tuple[Adapted, str]]:
+    """Every site once, under the first full name of its weight: ``{name: (module, parameter)}``."""
+    found: dict[str, tuple[Adapted, str]] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for parameter, slot in slots_of(module).items():
+            if id(slot.site) not in seen:
+                seen.add(id(slot.site))
+                found[f"{path}.{parameter}" if path else parameter] = (cast(Adapted, module), parameter)
+    return found
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A site taken from a module, for putting it back."""
+
+    module: nn.Module
+    parameter: str
+    slot: Slot
+    a: nn.Parameter
+    b: nn.Parameter
+
+
+def release(module: nn.Module, parameter: str) -> Removed | None:
+    """Take a site from a module, if it is one; the plain class returns with the last of them."""
+    slot = slots_of(module).get(parameter)
+    if slot is None:
+        return None
+    a, b = (cast(nn.Parameter, getattr(module, name)) for name in factor_names(parameter))
+    adapted = cast(Adapted, module)
+    detach(adapted, parameter)
+    if not adapted.graft_slots:
+        become_plain(adapted)
+    return Removed(module, parameter, slot, a, b)
+
+
+def restore(removed: Removed) -> None:
+    """Put a released site back exactly as it was."""
+    adapted = become_adapted(removed.module)
+    for name, value in zip(factor_names(removed.parameter), (removed.a, removed.b), strict=True):
+        adapted.register_parameter(name, value)
+    adapted.graft_slots[removed.parameter] = removed.slot
+
+
+def attach_readers(model: nn.Module) -> None:
+    """Swap the modules that read adapted children themselves, and restore those that have no need left."""
+    for module in list(model.modules()):
+        needed = any(slots_of(child) for child in read_children(module, always=True))
+        if needed:
+            become_adapted(module)
+        elif isinstance(module, Adapted) and not module.graft_slots:
+            become_plain(module)

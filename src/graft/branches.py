@@ -1,0 +1,173 @@
+"""The low-rank branch ``scale · (x Aᵀ) Bᵀ`` of the forwards that Graft knows, by identity of the function.
+
+Each branch returns what the plain forward would compute with ΔW in W's place and no bias, without ever
+forming ΔW. ``down`` and ``up`` below are A and B read in the module's own sense: ``down [(n r), in]``
+takes the input to the rank, ``up [(n out), r]`` leads out of it. They are A and B themselves, or Bᵀ and
+Aᵀ where the layout runs against the module (the output head tied to an embedding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd  # pyright: ignore[reportPrivateUsage]
+
+from .kinds import conv1d_class
+from .layout import Layout
+from .options import Options
+from .shadow import shadowing
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a branch needs of one site."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    layout: Layout
+    options: Options
+
+    def oriented(self, inputs_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """``down`` and ``up`` for a module that stores its weight ``[in, out]`` (or ``[out, in]``)."""
+        if self.layout.transposed == inputs_first:
+            return self.a, self.b
+        return self.b.T, self.a.T
+
+    def drop(self, x: torch.Tensor, position: str, training: bool) -> torch.Tensor:
+        o = self.options
+        if not training or o.dropout == 0.0 or o.dropout_position != position:
+            return x
+        return F.dropout(x, o.dropout)
+
+
+Branch = Callable[..., torch.Tensor]
+
+
+def _into(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """x in the factors' dtype, unless autocast chooses the dtype of the products itself."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(factor.dtype)
+
+
+def _dense(module: nn.Module, x: torch.Tensor, f: Factors, inputs_first: bool) -> torch.Tensor:
+    down, up = f.oriented(inputs_first)
+    x = f.drop(_into(x, down), "pre", module.training)
+    h = f.drop(F.linear(x, down), "mid", module.training)
+    layout = f.layout
+    if layout.groups == 1:
+        y = F.linear(h, up)
+    else:
+        n = len(layout.enabled)
+        parts = torch.einsum("...nr,nor->...no", h.unflatten(-1, (n, -1)), _like(up, h).unflatten(0, (n, -1)))
+        y = _spread(parts, layout).flatten(-2)
+    return f.drop(y * f.scale, "post", module.training)
+
+
+def _like(factor: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    return factor.to(h.dtype)
+
+
+def _spread(parts: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """``[…, n, o]`` of the enabled groups as ``[…, g, o]`` with zeros for the others."""
+    if layout.only is None:
+        return parts
+    full = parts.new_zeros((*parts.shape[:-2], layout.groups, parts.shape[-1]))
+    return full.index_copy(-2, torch.tensor(layout.only, device=parts.device), parts)
+
+
+def linear(module: nn.Module, f: Factors, x: torch.Tensor) -> torch.Tensor:
+    return _dense(module, x, f, inputs_first=False)
+
+
+def conv1d(module: nn.Module, f: Factors, x: torch.Tensor) -> torch.Tensor:
+    return _dense(module, x, f, inputs_first=True)
+
+
+def embedding(module: nn.Module, f: Factors, x: torch.Tensor) -> torch.Tensor:
+    """ΔW's rows: ``A[:, x]ᵀ Bᵀ``. Where x is padding they count, but give no gradient, as in torch."""
+    down, up = f.oriented(inputs_first=True)
+    pad = cast("int | None", module.padding_idx)
+    h = F.embedding(x, down.T, padding_idx=pad)
+    if f.options.dropout_position == "pre":
+        h = f.drop(h, "pre", module.training)
+    y = F.linear(f.drop(h, "mid", module.training), up) * f.scale
+    if pad is not None and y.requires_grad:
+        y = torch.where((x == pad).unsqueeze(-1), y.detach(), y)
+    return f.drop(y, "post", module.training)
+
+
+_CONVOLVE: dict[int, Branch] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def conv(module: nn.Module, f: Factors, x: torch.Tensor) -> torch.Tensor:
+    """A as a convolution like the module's own into ``groups · r`` channels, then B as a 1×1 one."""
+    m = cast(Any, module)
+    axes = len(m.kernel_size)
+    down = f.a.unflatten(1, m.weight.shape[1:])
+    x = f.drop(_into(x, down), "pre", m.training)
+    h = f.drop(m._conv_forward(x, down, None), "mid", m.training)
+    up = f.b[(...,) + (None,) * axes]
+    y = _CONVOLVE[axes](h, up, groups=m.groups)
+    return f.drop(y * f.scale, "post", m.training)
+
+
+def conv_transposed(
+    module: nn.Module, f: Factors, x: torch.Tensor, output_size: list[int] | None = None
+) -> torch.Tensor:
+    """A as a 1×1 convolution, then the module's own forward with B in its weight's place."""
+    m = cast(Any, module)
+    axes, groups = len(m.kernel_size), m.groups
+    x = f.drop(_into(x, f.a), "pre", m.training)
+    h = _CONVOLVE[axes](x, f.a[(...,) + (None,) * axes], groups=groups)
+    h = f.drop(h, "mid", m.training)
+    # B [(g o k…), r] → [(g r), o, k…]
+    up = f.b.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).unflatten(1, m.weight.shape[1:])
+    with shadowing([(module, {"weight": up, "bias": cast(torch.Tensor, None)})]):
+        y = _PLAIN_TRANSPOSED[axes](m, h, output_size)
+    return f.drop(y * f.scale, "post", m.training)
+
+
+_PLAIN_TRANSPOSED: dict[int, Branch] = {
+    1: nn.ConvTranspose1d.forward,
+    2: nn.ConvTranspose2d.forward,
+    3: nn.ConvTranspose3d.forward,
+}
+_TABLE: dict[Any, Branch] = {
+    nn.Linear.forward: linear,
+    nn.Embedding.forward: embedding,
+    nn.Conv1d.forward: conv,
+    nn.Conv2d.forward: conv,
+    nn.Conv3d.forward: conv,
+    nn.ConvTranspose1d.forward: conv_transposed,
+    nn.ConvTranspose2d.forward: conv_transposed,
+    nn.ConvTranspose3d.forward: conv_transposed,
+}
+
+
+def branch_of(plain: type[nn.Module]) -> Branch | None:
+    """The branch for a class's own forward; None if Graft does not know that function."""
+    kind = conv1d_class()
+    if kind is not None and plain.forward is kind.forward:
+        return conv1d
+    return _TABLE.get(plain.forward)
+
+
+def fits(module: nn.Module, weight: torch.Tensor, layout: Layout) -> bool:
+    """Whether the branch of this module's class computes this layout."""
+    if layout.matrix is not None or weight.dim() < 2:
+        return False
+    if isinstance(module, _ConvTransposeNd):
+        return layout.transposed and layout.groups == module.groups and layout.only is None
+    if isinstance(module, _ConvNd):
+        return not layout.transposed and layout.groups == module.groups and layout.only is None
+    if isinstance(module, nn.Embedding):
+        # max_norm writes to the weight in forward; scale_grad_by_freq scales gradients of W's rows
+        return layout.groups == 1 and module.max_norm is None and not module.scale_grad_by_freq
+    if isinstance(module, nn.Linear):
+        return layout.groups == 1 or layout.pattern == "(g o) i"
+    return layout.groups == 1 or layout.pattern == "i (g o)"

@@ -1,0 +1,278 @@
+"""Verbs on a model: adapt, unadapt, freeze, and its adapter as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+from torch import nn
+
+from .adapted import NO_ADAPTER, Adapted, Site, factor_names, factors, slots_of
+from .adapter import Adapter, LowRank
+from .attach import Removed, attach, attach_readers, detach, release, restore, sites
+from .errors import Problems, StateError, TargetError
+from .fusing import fuse as fuse_sites
+from .fusing import unfuse
+from .kinds import kind_of, natural_layout
+from .layout import Layout
+from .options import Init, Options, Position, new_factors
+from .targets import Inventory, Pattern, Patterns, Target, as_patterns, matches, select
+
+Bias = Literal["none", "all", "lora_only"]
+
+
+@dataclass(frozen=True)
+class AdaptReport:
+    """What :func:`adapt` did. ``str`` of it: ``64 of 64 targets, 8.4M of 1.2B parameters train (0.70 %)``."""
+
+    sites: tuple[str, ...]
+    excluded: tuple[str, ...]
+    tied: tuple[tuple[str, ...], ...]
+    trained: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100.0 * self.trained / self.total if self.total else 0.0
+        text = (
+            f"{len(self.sites)} of {len(self.sites) + len(self.excluded)} targets, "
+            f"{_short(self.trained)} of {_short(self.total)} parameters train ({share:.2f} %)"
+        )
+        return text + "".join(f"\n  one tied weight: {' = '.join(names)}" for names in self.tied)
+
+
+def adapt(
+    model: nn.Module,
+    targets: Patterns,
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    dropout_position: Position = "pre",
+    init: Init | None = None,
+    dtype: torch.dtype | None = None,
+    layout: Layout | None = None,
+    exclude: Patterns | None = None,
+    bias: Bias = "none",
+    train: Patterns | None = None,
+    replace: bool = False,
+    quiet: bool = False,
+) -> AdaptReport:
+    """Make the weights that ``targets`` name behave as ``W + scale · B · A``, in place, and freeze the rest.
+
+    A begins random and B zero, so nothing changes until training does. The options are those of
+    :class:`graft.Options`; ``targets`` may map patterns to options of their own, ``{"q_proj": {"rank": 4},
+    "*.mlp.*": {}}``, where the first pattern that matches decides. A weight that several modules hold
+    (tied) is adapted once, for all of them. ``bias`` and ``train`` are those of :func:`freeze`.
+
+    Returns:
+        What was adapted and how many parameters train; printed too, unless ``quiet``.
+    Raises:
+        TargetError: a pattern that matches nothing; a weight that cannot be adapted so; one that is
+            adapted already (``replace=True`` puts new factors in the place of the old).
+    """
+    options = Options(rank, alpha, rslora, dropout, dropout_position, init, dtype, layout)
+    chosen, excluded = select(model, targets, exclude)
+    plans = _plans(chosen, options, replace)
+    _check_freeze(model, bias, train)
+    removed: list[Removed] = []
+    attached: list[Target] = []
+    try:
+        for target, site_options, site_layout in plans:
+            removed += [r for h in target.holders if (r := release(h.module, h.parameter)) is not None]
+            attached.append(target)
+            attach_target(model, target, Site(site_options, site_layout, site_options.scale))
+    except BaseException:
+        for target in attached:
+            for h in target.holders:
+                release(h.module, h.parameter)
+        for r in removed:
+            restore(r)
+        attach_readers(model)
+        raise
+    attach_readers(model)
+    freeze(model, bias=bias, train=train)
+    report = _report(model, chosen, excluded)
+    if not quiet:
+        print(report)
+    return report
+
+
+def attach_target(
+    model: nn.Module,
+    target: Target,
+    site: Site,
+    pair: tuple[nn.Parameter, nn.Parameter] | None = None,
+) -> None:
+    """Give every module that holds a weight the same site and the same factors."""
+    first = target.holders[0]
+    embedding = kind_of(first.module, first.parameter) == "embedding"
+    a, b = pair or new_factors(target.weight, site.layout, site.options, embedding=embedding)
+    parents = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    for h in target.holders:
+        attach(h.module, h.parameter, site, a, b, through_parent=id(h.module) in parents)
+
+
+def _plans(chosen: Iterable[Target], options: Options, replace: bool) -> list[tuple[Target, Options, Layout]]:
+    problems = Problems(TargetError, "cannot adapt:")
+    plans: list[tuple[Target, Options, Layout]] = []
+    for target in chosen:
+        first = target.holders[0]
+        slot = slots_of(first.module).get(first.parameter)
+        if slot is not None and slot.site.fusion is not None:
+            problems.add(f"{target.name} is fused; call graft.unfuse(model) first")
+        elif slot is not None and not replace:
+            problems.add(f"{target.name} is adapted already; pass replace=True or call graft.unadapt first")
+        try:
+            own = options.changed(**target.overrides)
+            layout = own.layout or natural_layout(first.module, first.parameter, target.weight)
+            layout.factor_shapes(target.weight.shape, own.rank)
+            plans.append((target, own, layout))
+        except ValueError as error:
+            problems.add(f"{target.name}: {error}")
+    problems.raise_if_any()
+    return plans
+
+
+def unadapt(model: nn.Module, targets: Patterns | None = None, *, keep_fused: bool = False) -> None:
+    """The plain classes again, with the same weight objects; the factors are dropped.
+
+    Fused weights are unfused first, so the base is left bit for bit. With ``keep_fused=True`` every
+    weight is left as W + ΔW instead (there is no way back). ``requires_grad`` stays as it is.
+
+    Raises:
+        StateError: nothing is adapted, or :func:`unfuse` refuses.
+    """
+    from .fusing import held_sites
+
+    held = held_sites(model, targets)
+    if keep_fused:
+        fuse_sites(model, targets)
+    else:
+        unfuse(model, targets)
+    weights = {id(getattr(h.module, h.parameter)) for h in held}
+    for module in list(model.modules()):
+        for parameter in list(slots_of(module)):
+            if id(getattr(module, parameter)) in weights:
+                detach(cast(Adapted, module), parameter)
+    attach_readers(model)
+
+
+def freeze(model: nn.Module, *, bias: Bias = "none", train: Patterns | None = None) -> int:
+    """Train the factors and what is named; freeze everything else. Returns the number that train.
+
+    Args:
+        bias: ``none``; ``all`` biases (parameters named ``bias`` or ``*_bias``); ``lora_only``, those of
+            adapted modules.
+        train: patterns of modules (with all inside them) or parameters that train in full.
+    Raises:
+        StateError: the model has no adapter.
+        TargetError: a pattern of ``train`` that matches nothing.
+    """
+    if not sites(model):
+        raise StateError("the model has no adapter, so nothing would train; call graft.adapt(model, …) first")
+    _check_freeze(model, bias, train)
+    patterns = as_patterns(train)
+    ids = {id(p) for p in factor_parameters(model).values()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            wanted = bias == "all" or (bias == "lora_only" and bool(slots_of(module)))
+            if (wanted and _is_bias(name)) or _named(patterns, f"{path}.{name}" if path else name):
+                ids.add(id(p))
+    for p in model.parameters():
+        if p.is_floating_point() or p.is_complex():
+            p.requires_grad_(id(p) in ids)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def factor_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every factor once, under its full name: ``{"layers.0.q_proj.lora_A": …}``."""
+    found: dict[str, nn.Parameter] = {}
+    for name, (module, parameter) in sites(model).items():
+        path = name[: -len(parameter)]
+        for factor in factor_names(parameter):
+            found[path + factor] = cast(nn.Parameter, getattr(module, factor))
+    return found
+
+
+def state_dict(model: nn.Module, *, trained: bool = False) -> dict[str, torch.Tensor]:
+    """The adapter's tensors only, under their names in ``model.state_dict()``; no copies.
+
+    With ``trained=True`` also every other parameter that trains (biases, a classifier).
+    ``model.load_state_dict(…, strict=False)`` takes it back.
+    """
+    found = {name: p.detach() for name, p in factor_parameters(model).items()}
+    return found | (trained_parameters(model) if trained else {})
+
+
+def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter that trains and is not a factor, once."""
+    ours = {id(p) for p in factor_parameters(model).values()}
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
+
+
+def adapter_of(model: nn.Module, *, trained: bool = True) -> Adapter:
+    """The model's adapter as the neutral carrier, with live tensors.
+
+    ``trained`` adds every other parameter that trains, as a full tensor that replaces the base's.
+
+    Raises:
+        StateError: the model has no adapter.
+    """
+    found: dict[str, LowRank] = {}
+    for name, (module, parameter) in sites(model).items():
+        f = factors(module, parameter)
+        found[name] = LowRank(
+            f.a.detach(),
+            f.b.detach(),
+            f.scale,
+            f.layout,
+            kind=kind_of(module, parameter),
+            shape=tuple(getattr(module, parameter).shape),
+        )
+    if not found:
+        raise StateError(NO_ADAPTER)
+    return Adapter(found, replace=trained_parameters(model) if trained else {}, format="graft")
+
+
+def _check_freeze(model: nn.Module, bias: str, train: Patterns | None) -> None:
+    problems = Problems(TargetError, "cannot choose what trains:")
+    if bias not in get_args(Bias):
+        problems.add(f"bias must be one of {get_args(Bias)}, got {bias!r}")
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in as_patterns(train):
+        if not any(_named([pattern], name) for name in names):
+            problems.add("train: " + Inventory(model).complaint(pattern))
+    problems.raise_if_any()
+
+
+def _named(patterns: Iterable[Pattern], name: str) -> bool:
+    """Whether a pattern names this parameter or a module that it is inside of."""
+    parts = name.split(".")
+    paths = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    return any(matches(pattern, path) for pattern in patterns for path in paths)
+
+
+def _is_bias(name: str) -> bool:
+    return name == "bias" or name.endswith("_bias") or name.startswith("bias_")
+
+
+def _report(model: nn.Module, chosen: list[Target], excluded: list[str]) -> AdaptReport:
+    parameters = list(model.parameters())
+    return AdaptReport(
+        sites=tuple(t.name for t in chosen),
+        excluded=tuple(excluded),
+        tied=tuple(tuple(h.name for h in t.holders) for t in chosen if len(t.holders) > 1),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+    )
+
+
+def _short(count: int) -> str:
+    """``8.4M``, ``1.2B``; numbers below a thousand in full."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size * 0.99995:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
