@@ -8,25 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from .adapter import Adapter, LowRank
-from .bind_layouts import Misfit, Transposed, Witness, fit
+from .bind_layouts import EMBEDDINGS, HEADS, Misfit, Transposed, Witness, fit
 from .bind_names import Repair, layer_numbers, nearest, renamed, repairs
 from .errors import BaseMismatchError, Problems
-
-#: modules whose rows are the vocabulary: the only ones that may grow
-EMBEDDINGS = frozenset(
-    [
-        "embed_tokens",
-        "wte",
-        "word_embeddings",
-        "embed_in",
-        "tok_embeddings",
-        "shared",
-        "embeddings",
-        "embed",
-        "token_embedding",
-    ]
-)
-HEADS = frozenset(["lm_head", "embed_out", "output", "output_projection", "decoder", "head"])
 
 _MEND = "Use the base that the adapter was trained on, or the adapter that was trained on this base"
 
@@ -107,7 +91,8 @@ class _Binder:
         if working:
             ways = "; ".join(str(repair) for repair, _ in working.values())
             raise BaseMismatchError(
-                f"the adapter's names fit the base in {len(working)} ways ({ways}); rename its tensors to the base's"
+                f"the adapter's names fit the base in {len(working)} ways ({ways}); "
+                "rename its tensors to the base's"
             )
         raise misfit or self._missing(needs)
 

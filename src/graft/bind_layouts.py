@@ -9,6 +9,13 @@ from dataclasses import dataclass, replace
 from .adapter import LowRank
 from .layout import Layout
 
+#: modules whose rows are the vocabulary: the only ones that may grow
+EMBEDDINGS = frozenset(
+    {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "embeddings", "embed"}
+    | {"token_embedding", "tok_embed"}
+)
+HEADS = frozenset({"lm_head", "embed_out", "output", "output_projection", "decoder", "head"})
+
 Transposed = Callable[[str], "bool | None"]
 
 #: transformers' model types with GPT-2's Conv1D (weight ``[in, out]``) and the modules that are one
@@ -96,7 +103,8 @@ def _linear(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness) 
         if turned is None:
             raise Misfit(
                 f"the weight {list(shape)} is square and nothing says whether it is stored [out, in] or "
-                "[in, out] (GPT-2's Conv1D); set fan_in_fan_out in adapter_config.json, or give the base's config"
+                "[in, out] (GPT-2's Conv1D); set fan_in_fan_out in adapter_config.json, or give the base's "
+                "config"
             )
         plain = not turned
     return _with(site, Layout("o i" if plain else "i o"), shape) if plain or turned else None
@@ -133,31 +141,40 @@ def _parameter(site: LowRank, name: str, shape: tuple[int, ...], witness: Witnes
 def _loralib(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness) -> LowRank | None:
     """loralib's four storages, told apart by shape: see :mod:`graft.formats.loralib`."""
     if len(shape) > 2:
-        kernel = shape[2]
-        matrix = (math.prod(shape) // (shape[1] * kernel), shape[1] * kernel)
-        plain = Layout("o i")
-        if _fits(site, plain, (math.prod(shape[:-1]), shape[-1])) and len(set(shape[2:])) == 1:
-            pass
-        return _loralib_conv(site, shape, kernel, matrix)
-    if site.layout is None or not _any_fits(site, shape):
-        groups = site.A.shape[0] // site.rank
-        if groups == 1:
-            fitted = _linear(site, name, shape, witness)
-            if fitted is not None or (site.layout is None and not _blocks(site, shape)):
-                return fitted
-        return _merged(site, name, shape, witness)
-    return _oriented(site, site.layout, name, shape, witness)
+        return _loralib_conv(site, shape)
+    if len(shape) < 2:
+        return None
+    if site.layout is not None and _any_fits(site, shape):
+        return _named(_oriented(site, site.layout, name, shape, witness), name, witness)
+    site = replace(site, layout=None)
+    if site.A.shape[0] == site.rank:
+        if _is_embedding(name) and _fits(site, Layout("i o"), shape):
+            return replace(_with(site, Layout("i o"), shape), kind="embedding")
+        fitted = _linear(site, name, shape, witness)
+        if fitted is not None:
+            return _named(fitted, name, witness)
+    return _named(_merged(site, name, shape, witness), name, witness)
 
 
-def _loralib_conv(
-    site: LowRank, shape: tuple[int, ...], kernel: int, matrix: tuple[int, int]
-) -> LowRank | None:
-    # loralib keeps rank r·k and views W[out, in/g, k, …] as [out//g·k, in·k]: columns tell in
-    columns = site.A.shape[1]
-    if columns % kernel or math.prod(shape) % columns:
+def _is_embedding(name: str) -> bool:
+    return name.split(".")[-2:-1] in [[module] for module in EMBEDDINGS]
+
+
+def _named(site: LowRank | None, name: str, witness: Witness) -> LowRank | None:
+    """``kind`` of a module that only shapes describe: ``i o`` is an Embedding unless the model has Conv1D."""
+    if site is None or site.layout is None:
+        return None
+    embedding = site.layout.pattern == "i o" and not witness.linear(name)
+    return replace(site, kind="embedding" if embedding else "linear")
+
+
+def _loralib_conv(site: LowRank, shape: tuple[int, ...]) -> LowRank | None:
+    """ΔW of a convolution with kernel k is ``(B·A).view(W.shape)``, of rank r·k; alpha is divided by r."""
+    kernel, columns = shape[2], site.A.shape[1]
+    if math.prod(shape) % columns or site.rank % kernel:
         return None
     layout = Layout("o i", matrix=(math.prod(shape) // columns, columns))
-    if not _fits(site, layout, shape) or site.rank % kernel:
+    if not _fits(site, layout, shape):
         return None
     return replace(_with(site, layout, shape), scale=site.scale * kernel, kind="conv")
 
@@ -171,8 +188,8 @@ def _merged(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness) 
     else:
         if _blocks(site, shape):
             raise Misfit(
-                f"a MergedLinear with {enabled} enabled block(s) of {site.B.shape[0] // enabled} outputs, of a "
-                f"weight {list(shape)}; which blocks are enabled is not in the file: give "
+                f"a MergedLinear with {enabled} enabled block(s) of {site.B.shape[0] // enabled} outputs, of "
+                f"a weight {list(shape)}; which blocks are enabled is not in the file: give "
                 "enable_lora, e.g. [True, False, True]"
             )
         return None

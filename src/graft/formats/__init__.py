@@ -90,5 +90,6 @@ def _choose(source: Source, name: str | None) -> Format:
     keys = list(source.tensors)
     sample = f"its first keys are {', '.join(keys[:3])}" if keys else "it holds no tensors"
     raise FormatError(
-        f"{source.weights} is not an adapter of a known format ({', '.join(f.name for f in FORMATS)}); {sample}"
+        f"{source.weights} is not an adapter of a known format "
+        f"({', '.join(f.name for f in FORMATS)}); {sample}"
     )

@@ -74,9 +74,9 @@ def _read(source: Source, options: Options) -> Adapter:
             others.append(key)
     if others:
         raise FormatError(
-            f"{source.weights} holds a whole model ({len(others)} tensors besides LoRA's: {listed(others, 3)}); "
-            "whether its weights already hold the update (loralib adds it on eval()) cannot be told, so save "
-            "loralib.lora_state_dict(model) alone"
+            f"{source.weights} holds a whole model ({len(others)} tensors besides LoRA's: "
+            f"{listed(others, 3)}); whether its weights already hold the update (loralib adds it on eval()) "
+            "cannot be told, so save loralib.lora_state_dict(model) alone"
         )
     ledger.close()
     note = "loralib's files do not name the class of a module: it is told by the base's shapes"

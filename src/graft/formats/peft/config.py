@@ -68,7 +68,7 @@ REFUSED: Mapping[str, str] = {
     "monteclora_config": "MonteCLoRA samples its factors at run time, so no fused weight equals it",
     "layer_replication": "the adapter is for a model with replicated layers; replicate them in the base, "
     "save it, and set layer_replication to null",
-    "megatron_config": "the adapter is for Megatron's parallel layers; export it for the Hugging Face model first",
+    "megatron_config": "the adapter is for Megatron's layers; export it for the Hugging Face model first",
     "use_bdlora": "the factors are block-diagonal (BD-LoRA)",
     "arrow_config": "Arrow routes each token to other adapters, so no fused weight equals it",
     "kasa_config": "KaSA truncates the base's weights at training start; the adapter belongs to that base",
@@ -184,8 +184,8 @@ def _judge_initialisation(value: object, problems: Problems) -> None:
         problems.add(
             f"init_lora_weights={value!r} changed the base's weights at training start, so the adapter does "
             "not fit the original base; save it with "
-            "save_pretrained(path, path_initial_model_for_weight_conversion=...), or fuse it into the changed "
-            "base and set init_lora_weights to true"
+            "save_pretrained(path, path_initial_model_for_weight_conversion=...), or fuse it into the "
+            "changed base and set init_lora_weights to true"
         )
     elif name not in _NEUTRAL:
         problems.add(f"init_lora_weights={value!r} is unknown; set it to true if it left the base unchanged")

@@ -40,7 +40,8 @@ def packed(
         raw_a, raw_b = reader.ledger.take(a.text), reader.ledger.take(b.text)
         if raw_a.dim() != 2 or raw_b.dim() != 2 or raw_a.shape[0] != raw_b.shape[1]:
             reader.problems.add(
-                f"{a.text} and {b.text} do not agree on the rank: A {list(raw_a.shape)}, B {list(raw_b.shape)}"
+                f"{a.text} and {b.text} do not agree on the rank: "
+                f"A {list(raw_a.shape)}, B {list(raw_b.shape)}"
             )
             continue
         fitting = [leaf for leaf in candidates if raw_a.shape[0] % settings[leaf][0] == 0]
@@ -91,6 +92,6 @@ def _check_dialect(reader: _Reader, b: Key, rank: int, experts: int) -> None:
     if reader.settings.version is None and rank > 1 and experts > 1:
         reader.problems.add(
             f"{b.text}: the order of its columns is unknown, because {reader.source.config_path.name} lacks "
-            "peft_version (Megatron-Bridge orders them expert by expert, PEFT rank by rank); if PEFT wrote it, "
-            'add "peft_version": "0.17.1"'
+            "peft_version (Megatron-Bridge orders them expert by expert, PEFT rank by rank); if PEFT wrote "
+            'it, add "peft_version": "0.17.1"'
         )

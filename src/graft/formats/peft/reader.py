@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from ...adapter import Adapter, LowRank
@@ -110,8 +108,8 @@ class _Reader:
                 continue
             if len(found) > 1:
                 self.problems.add(
-                    f"{'.'.join(name)} is wrapped {len(found)} times, but {self.source.config_path.name} names "
-                    "no target_parameters for it"
+                    f"{'.'.join(name)} is wrapped {len(found)} times, but {self.source.config_path.name} "
+                    "names no target_parameters for it"
                 )
             for module, (a, b) in pairs:
                 owner = name[:-1] if module[-2:] == ("base_layer", "out_proj") else name
@@ -275,7 +273,3 @@ def _explain(key: str) -> str:
     if "original_module" in parsed.module:
         return "the base's own tensor, without the trained one that should stand beside it"
     return "not a tensor of PEFT's LoRA; remove it, or read the file as what it is"
-
-
-def unused(_: Iterable[str]) -> None:  # pragma: no cover
-    ...
