@@ -46,14 +46,16 @@ typedef struct {
 static uint32_t settle(uint32_t wbits, int din, int dout, const factors *f, int64_t row, const float *right,
                        double sign, double *parts, int64_t *broken) {
     const float *left = f->left + row * f->ldl;
-    double w = value_of(wbits, din), v = 0, size = 0;
+    double w = value_of(wbits, din), sums[4] = {0}, sizes[4] = {0};
     uint32_t own = din == dout ? wbits : round_float((float)w, dout);
     if (!isfinite(w)) return own;
-    for (int64_t k = 0; k < f->rank; k++) {
-        double p = f->scale[k] * left[k] * right[k * PANEL];
-        v += p;
-        size += fabs(p);
-    }
+    for (int64_t k = 0; k < f->rank; k += 4)
+        for (int64_t q = 0; q < 4 && k + q < f->rank; q++) {   /* four chains: one would wait for itself */
+            double p = f->scale[k + q] * left[k + q] * right[(k + q) * PANEL];
+            sums[q] += p;
+            sizes[q] += fabs(p);
+        }
+    double v = (sums[0] + sums[1]) + (sums[2] + sums[3]), size = (sizes[0] + sizes[1]) + (sizes[2] + sizes[3]);
     if (size == 0) return own;
     v = w + sign * v;
     double t = (size * (double)(f->rank + 4) + fabs(v)) * 0x1p-51;
@@ -75,16 +77,24 @@ static uint32_t settle(uint32_t wbits, int din, int dout, const factors *f, int6
     return out;
 }
 
-/* acc[TILE][n] = ls[TILE, rank] · panel[rank, n], n a multiple of STEP. */
+/* acc[TILE][n] = ls[TILE, rank] · panel[rank, n], n a multiple of STEP.
+ * Summed in chains of CHAIN products, so that the error bound grows with rank / CHAIN + CHAIN, not rank. */
+#define CHAIN 4
 #define SUMS(name, type, vec, width)                                                             \
     static void name(const type *ls, const type *panel, int64_t rank, int64_t n, type *acc) {    \
         for (int64_t j = 0; j < n; j += (width) * VECS) {                                        \
             vec s[TILE][VECS];                                                                   \
             memset(s, 0, sizeof s);                                                              \
-            for (int64_t k = 0; k < rank; k++) {                                                 \
-                const vec *r = (const vec *)(panel + k * PANEL + j);                             \
+            for (int64_t c = 0; c < rank; c += CHAIN) {                                          \
+                vec t[TILE][VECS];                                                               \
+                memset(t, 0, sizeof t);                                                          \
+                for (int64_t k = c; k < rank && k < c + CHAIN; k++) {                            \
+                    const vec *r = (const vec *)(panel + k * PANEL + j);                         \
+                    for (int i = 0; i < TILE; i++)                                               \
+                        for (int q = 0; q < VECS; q++) t[i][q] += ls[i * rank + k] * r[q];       \
+                }                                                                                \
                 for (int i = 0; i < TILE; i++)                                                   \
-                    for (int q = 0; q < VECS; q++) s[i][q] += ls[i * rank + k] * r[q];           \
+                    for (int q = 0; q < VECS; q++) s[i][q] += t[i][q];                           \
             }                                                                                    \
             for (int i = 0; i < TILE; i++)                                                       \
                 for (int q = 0; q < VECS; q++)                                                   \
@@ -150,7 +160,8 @@ static void pack(const factors *f, int64_t n, int wide, scratch *s) {
     }
 }
 
-/* Bound on the error of one row's sums over the panel: γ_{rank+1} Σ|ls|·amax, plus what underflow can lose. */
+/* Bound on the error of one row's sums over the panel: γ_n Σ|ls|·amax, n roundings on the way of a product
+ * to the sum (ls itself, its chain, the chains' sum), plus what underflow can lose. */
 static double bound_of(const scratch *s, int64_t row, int64_t rank, int wide) {
     double size = 0, other = 0;   /* two sums: one would wait for each addition */
     for (int64_t k = 0; k < rank; k += 2) {
@@ -159,7 +170,7 @@ static double bound_of(const scratch *s, int64_t row, int64_t rank, int wide) {
         other += last ? 0 : (wide ? fabs(s->lsd[m + 1]) : fabs((double)s->ls[m + 1])) * s->amax[k + 1];
     }
     size += other;
-    double unit = wide ? 0x1p-53 : 0x1p-24, n = (double)(rank + 4) * unit;
+    double unit = wide ? 0x1p-53 : 0x1p-24, n = (double)(CHAIN + rank / CHAIN + 4) * unit;
     return size * n / (1 - n) * 1.0001 + (size > 0 ? (wide ? 0x1p-1000 : 0x1p-120) : 0);
 }
 
