@@ -23,7 +23,7 @@ from .safetensors_header import Entry, Header, build_header, nbytes, read_header
 __all__ = [
     "INDEX", "SINGLE", "Checkpoint", "Entry", "Header", "Item", "atomic_directory", "check_out", "load_file",
     "load_pickled", "metadata", "open_checkpoint", "output_errors", "plan_shards", "read_header", "read_json",
-    "save_file", "write_shards",
+    "save_file", "write_index", "write_shards",
 ]  # fmt: skip
 
 #: name, shape, dtype, and a call that makes the tensor when it is its turn

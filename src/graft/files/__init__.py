@@ -1,0 +1,1 @@
+"""The parts of file-to-file fusing: plan, operations on tensors, the stream, provenance, small files."""

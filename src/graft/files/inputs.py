@@ -1,0 +1,189 @@
+"""What the user named, resolved: a base directory, an adapter's files, an output that spares them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .. import checksum
+from ..adapter import Adapter
+from ..bind import bind
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import BaseMismatchError, FormatError, OutputError
+from ..tensors import read_json
+from . import tied
+from .packed import Both, Part
+from .shards import Shard
+from .sources import OpenFile
+from .stream import stream
+
+#: small files are also given their sha256, which other tools can check
+_SMALL = 64 << 20
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A base and an adapter that fit each other.
+
+    Args:
+        added: tensors that the output has and the base has not → the tensor they begin as.
+        parts: tensors whose ΔW comes from another parameter's update.
+        config: changes of config.json.
+    """
+
+    base: Checkpoint
+    adapter: Adapter
+    added: dict[str, str]
+    parts: dict[str, Part | Both]
+    config: dict[str, object]
+
+
+def resolve_base(base: Path | str) -> Path:
+    """A directory, or a hub id downloaded (or found in the cache) by huggingface_hub.
+
+    Raises:
+        FormatError: neither a directory nor a model that can be had.
+    """
+    path = Path(base)
+    if path.exists() or not _HUB_ID.fullmatch(str(base)):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FormatError(
+            f"{base} is not a directory here; to fetch it as a hub id, pip install huggingface-hub"
+        ) from None
+    try:
+        return Path(snapshot_download(str(base), ignore_patterns=["*.gguf", "*.h5", "*.msgpack", "*.onnx"]))
+    except Exception as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise FormatError(
+            f"{base} is not a directory here and cannot be had from the hub: {why[0]}"
+        ) from None
+
+
+def spare_inputs(out: Path, base: Path, adapter: Path) -> None:
+    """Refuse an output that is, holds, or lies inside an input.
+
+    Raises:
+        OutputError: naming both.
+    """
+    mine = out.resolve()
+    for role, path in (("base", base), ("adapter", adapter)):
+        theirs = path.resolve()
+        if mine == theirs or mine.is_relative_to(theirs) or theirs.is_relative_to(mine):
+            raise OutputError(f"the output {out} and the {role} {path} share files; choose another output")
+
+
+def fit(base: Checkpoint, adapter: Adapter, *, scale: float, choice: str | None) -> Job:
+    """Bind the adapter to the base's files: names, shapes, tied weights, packed experts.
+
+    Raises:
+        BaseMismatchError: it was not made for this base, or a choice is needed (``--tied``).
+    """
+    from .experts import packed_parameters
+
+    adapter = tied.scaled(adapter, scale)
+    shapes = base.shapes
+    packed = packed_parameters(base, adapter)
+    shapes.update({name: one.shape for name, one in packed.items()})
+    added: dict[str, str] = {}
+    parts: dict[str, Part | Both] = {}
+    config: dict[str, object] = {}
+    try:
+        bound = bind(adapter, shapes, config=base.config)
+    except BaseMismatchError:
+        head = tied.absent_head(adapter, shapes)
+        if head is None:
+            raise
+        bound = bind(adapter, {**shapes, head[0]: shapes[head[1]]}, config=base.config)
+        settled = tied.settle(bound, *head, choice, shapes)
+        added.update(settled.added)
+        parts.update(settled.both)
+        config.update(settled.config)
+        bound = replace(settled.adapter, notes=(*settled.adapter.notes, *settled.notes))
+    sites = dict(bound.sites)
+    for name, one in packed.items():
+        site = sites.pop(name, None)
+        if site is not None:
+            parts.update(one.parts(site))
+    return Job(base, replace(bound, sites=sites), added, parts, config)
+
+
+def open_base(base: Path | str) -> Checkpoint:
+    """:func:`resolve_base`, then :func:`graft.tensors.open_checkpoint`."""
+    return open_checkpoint(resolve_base(base))
+
+
+def adapter_files(path: Path, config: Path | None) -> list[Path]:
+    """The adapter's weight file, and its configuration if it has one."""
+    from ..formats import open_source
+
+    weights = open_source(path, config).weights
+    beside = config if config is not None else weights.parent / "adapter_config.json"
+    return [weights, beside] if beside.exists() else [weights]
+
+
+def digest(path: Path, threads: int | None = None) -> dict[str, object]:
+    """Size and hashes of a file."""
+    size = path.stat().st_size
+    told: dict[str, object] = {"bytes": size, "checksum": file_checksum(path, threads)}
+    if size <= _SMALL:
+        told["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return told
+
+
+def digest_bytes(data: bytes) -> dict[str, object]:
+    """As :func:`digest`, of bytes at hand."""
+    part = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    told: dict[str, object] = {
+        "bytes": len(data),
+        "checksum": hexadecimal(checksum.update(part, 0), len(data)),
+    }
+    told["sha256"] = hashlib.sha256(data).hexdigest()
+    return told
+
+
+def file_checksum(path: Path, threads: int | None = None) -> str:
+    """:mod:`graft.checksum` of a file's bytes, as 16 hexadecimal digits."""
+    file, size = OpenFile(path), path.stat().st_size
+    shard = Shard(path.name, size, b"", file, [], 0)
+    try:
+        stream([shard], lambda *_: None, threads=threads if size > _SMALL else 1)
+    finally:
+        file.close()
+    return hexadecimal(shard.read, size)
+
+
+def hexadecimal(total: int, length: int) -> str:
+    """A stream's hash as it is recorded."""
+    return f"{checksum.finish(total & (1 << 64) - 1, length):016x}"
+
+
+def base_name(given: Path | str, base: Checkpoint) -> str:
+    """The base's name for people and for the hub: an id if one is known, else the directory's name."""
+    if not Path(given).exists():
+        return str(given)
+    for part in (*base.folder.absolute().parts[::-1],):
+        if part.startswith("models--") and part.count("--") >= 2:
+            return part.removeprefix("models--").replace("--", "/", 1)
+    said = base.config.get("_name_or_path")
+    if isinstance(said, str) and _HUB_ID.fullmatch(said) and not Path(said).exists():
+        return said
+    return base.folder.resolve().name
+
+
+def fused_before(base: Checkpoint) -> list[dict[str, object]]:
+    """The adapters that the base already holds, by its own provenance."""
+    path = base.folder / "graft.json"
+    if not path.exists():
+        return []
+    fused = read_json(path).get("fused")
+    if not isinstance(fused, list):
+        return []
+    return [one for one in fused if isinstance(one, dict)]

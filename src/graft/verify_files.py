@@ -1,0 +1,244 @@
+"""Prove that a directory is base + adapter: every byte computed again and compared."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import cast
+
+import torch
+
+from . import checksum, formats
+from .checkpoint import Checkpoint, open_checkpoint, read_json
+from .errors import FormatError, Problems, VerifyError
+from .files import inputs
+from .files.plan import Plan, Wanted, make_plan
+from .files.shards import Shard, scratch
+from .files.sources import OpenFile
+from .files.stream import stream
+from .fuse_files import DTYPES, PROVENANCE
+
+_MEND = "Fuse again: graft fuse BASE ADAPTER -o OUT --force"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was proven.
+
+    Args:
+        tensors: all of them, equal bit for bit to what base and adapter give.
+        recomputed: those that the adapter changes.
+        files: files whose hashes are as recorded, outputs and inputs.
+    """
+
+    out: str
+    base: str
+    adapter: str
+    tensors: int
+    recomputed: int
+    bytes_compared: int
+    files: list[str]
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def verify(
+    out: Path,
+    base: Path | str,
+    adapter: Path,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    alpha: float | None = None,
+    adapter_config: Path | None = None,
+) -> VerifyReport:
+    """Check ``out`` against base and adapter, with the options that its graft.json records.
+
+    Untouched tensors must equal the base's bit for bit, touched ones ``round(W + ΔW)`` computed anew,
+    and all files, inputs and outputs, must have the recorded hashes.
+
+    Args:
+        alpha: instead of the recorded one.
+        adapter_config: as for :func:`graft.fuse_files.fuse`.
+    Raises:
+        VerifyError: naming the first tensors and files that differ.
+        GraftError: inputs that cannot be read.
+    """
+    started = time.perf_counter()
+    out, adapter = Path(out), Path(adapter)
+    record = _record(out)
+    options = _part(record, "options")
+    found = inputs.open_base(base)
+    alpha = alpha if alpha is not None else cast("float | None", options.get("alpha"))
+    read = formats.read(adapter, alpha=alpha, config=adapter_config)
+    scale, tied = options.get("scale", 1.0), options.get("tied")
+    assert isinstance(scale, float | int)
+    job = inputs.fit(found, read, scale=float(scale), choice=cast("str | None", tied))
+    limit, dtype = options.get("max_shard_size"), options.get("dtype")
+    wanted = Wanted(DTYPES.get(str(dtype)), cast("int | None", limit), job.parts, job.added)
+    plan = make_plan(found, job.adapter, wanted)
+    compared = _Compared(open_checkpoint(out))
+    try:
+        compared.layout(plan)
+        stream(plan.shards, compared, threads=threads, progress=progress)
+    finally:
+        plan.close()
+        compared.close()
+    compared.tensors()
+    files = _hashes(record, out, found, adapter, adapter_config, plan, compared, threads)
+    return VerifyReport(
+        out=str(out),
+        base=inputs.base_name(base, found),
+        adapter=str(adapter),
+        tensors=len(plan.shapes),
+        recomputed=len(plan.changed),
+        bytes_compared=plan.size,
+        files=files,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Compared:
+    """The sink of the stream: each expected chunk against the file's own bytes."""
+
+    def __init__(self, out: Checkpoint) -> None:
+        self.out = out
+        self._files = {name: OpenFile(out.folder / name) for name in out.headers}
+        self._lock = Lock()
+        self.sums: dict[str, int] = {}
+        self._differ: dict[str, int] = {}
+
+    def layout(self, plan: Plan) -> None:
+        """Refuse other files, names, shapes or sizes than the plan's.
+
+        Raises:
+            VerifyError: naming them.
+        """
+        problems = Problems(VerifyError, f"{self.out.folder} is not base + adapter:")
+        want = {name: plan.shapes[name] for name in plan.shapes}
+        have = self.out.shapes
+        for name in sorted(want.keys() ^ have.keys()):
+            problems.add(f"{name} is {'missing' if name in want else 'not in the base'}")
+        for name in want.keys() & have.keys():
+            if want[name] != have[name]:
+                problems.add(f"{name} has shape {list(have[name])}, not {list(want[name])}")
+            elif plan.weight_map[name] != self.out.entries[name].file.name:
+                problems.add(f"{name} is in {self.out.entries[name].file.name}, not {plan.weight_map[name]}")
+        for shard in plan.shards:
+            path = self.out.folder / shard.name
+            if path.exists() and path.stat().st_size != shard.size:
+                problems.add(f"{shard.name} has {path.stat().st_size} bytes, not {shard.size}")
+        problems.raise_if_any(_MEND)
+
+    def __call__(self, shard: Shard, at: int, data: torch.Tensor, view: memoryview) -> None:
+        mine = scratch(len(view), torch.uint8)
+        self._files[shard.name].read(at, mine)
+        total = checksum.update(mine, at)
+        with self._lock:
+            self.sums[shard.name] = self.sums.get(shard.name, 0) + total
+        if not torch.equal(mine, data):
+            self._blame(shard.name, at, (mine != data).nonzero().view(-1))
+
+    def _blame(self, file: str, at: int, where: torch.Tensor) -> None:
+        entries = [e for e in self.out.headers[file].entries if e.nbytes]
+        starts = [e.offset for e in entries]
+        while where.numel():
+            n = bisect_right(starts, at + int(where[0])) - 1
+            name = entries[n].name if n >= 0 else f"the header of {file}"
+            end = entries[n].offset + entries[n].nbytes if n >= 0 else (starts[0] if starts else at + 1)
+            inside = where < max(end - at, int(where[0]) + 1)
+            with self._lock:
+                self._differ[name] = self._differ.get(name, 0) + int(inside.sum())
+            where = where[~inside]
+
+    def tensors(self) -> None:
+        """Refuse any difference.
+
+        Raises:
+            VerifyError: naming the first tensors that differ, in the files' order.
+        """
+        order = {name: n for n, name in enumerate(self.out.entries)}
+        problems = Problems(VerifyError, f"{self.out.folder} is not base + adapter:")
+        for name in sorted(self._differ, key=lambda n: order.get(n, -1)):
+            problems.add(f"{name} differs in {self._differ[name]} bytes")
+        problems.raise_if_any(_MEND)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _hashes(
+    record: Mapping[str, object],
+    out: Path,
+    base: Checkpoint,
+    adapter: Path,
+    adapter_config: Path | None,
+    plan: Plan,
+    compared: _Compared,
+    threads: int | None,
+) -> list[str]:
+    """Compare every file's hash with the recorded one; the names of all that agree.
+
+    Raises:
+        VerifyError: naming those that do not.
+    """
+    known = {
+        **{out / s.name: inputs.hexadecimal(compared.sums.get(s.name, 0), s.size) for s in plan.shards},
+        **{
+            base.folder / s.name: inputs.hexadecimal(s.read, s.size)
+            for s in plan.shards
+            if s.background is not None
+        },
+    }
+    problems = Problems(VerifyError, f"hashes differ from those recorded in {out / 'graft.json'}:")
+    agree: list[str] = []
+
+    def check(role: str, folder: Path, name: str, told: object) -> None:
+        path = folder / name
+        want = told.get("checksum") if isinstance(told, dict) else None
+        if not path.resolve().is_relative_to(folder.resolve()) and not path.is_symlink():
+            problems.add(f"{role} {name!r} lies outside the folder")
+        elif not path.exists():
+            problems.add(f"{role} {name} is missing")
+        elif want != (known.get(path) or inputs.file_checksum(path, threads)):
+            problems.add(f"{role} {name}")
+        else:
+            agree.append(f"{role} {name}")
+
+    for name, told in _part(_part(record, "output"), "files").items():
+        check("output", out, name, told)
+    for name, told in _part(_part(record, "base"), "files").items():
+        check("base", base.folder, name, told)
+    recorded = list(_part(_part(record, "adapter"), "files").values())
+    for path, told in zip(inputs.adapter_files(adapter, adapter_config), recorded, strict=False):
+        check("adapter", path.parent, path.name, told)
+    problems.raise_if_any("A file was edited after the fuse, or these are not the inputs it was made from.")
+    return agree
+
+
+def _record(out: Path) -> dict[str, object]:
+    if not out.is_dir():
+        raise FormatError(f"{out} is not a directory; give what graft fuse wrote")
+    if not (out / "graft.json").exists():
+        raise FormatError(f"{out} has no graft.json, so graft fuse did not write it; it cannot be verified")
+    record = read_json(out / "graft.json")
+    if record.get("version") != PROVENANCE:
+        raise FormatError(
+            f"{out / 'graft.json'} has version {record.get('version')!r}, this graft reads {PROVENANCE}; "
+            "verify with the version that wrote it"
+        )
+    return record
+
+
+def _part(table: Mapping[str, object], key: str) -> dict[str, object]:
+    """A nested object of the record; empty if it is missing or something else."""
+    value = table.get(key)
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
