@@ -109,7 +109,7 @@ class _Binder:
         self._check_vocabulary(full, problems)
         shapes = {**self.base, **{name: tuple(tensor.shape) for name, tensor in full.items()}}
         sites = self._sites(adapter, found, shapes, problems)
-        shift = {self._bias(key, found, problems): value for key, value in adapter.shift.items()}
+        shift = {found[key][0]: value for key, value in adapter.shift.items()}
         for name, (tensor, _) in shift.items():
             if name in shapes and tuple(tensor.shape) != shapes[name]:
                 problems.add(f"{name}: the base has {list(shapes[name])}, the adapter {list(tensor.shape)}")
@@ -131,25 +131,25 @@ class _Binder:
         shapes: Mapping[str, tuple[int, ...]],
         problems: Problems,
     ) -> dict[str, LowRank]:
-        sites: dict[str, LowRank] = {}
+        fits: dict[str, dict[str, LowRank]] = {}
         for key, site in adapter.sites.items():
-            fitted: dict[str, LowRank] = {}
-            reason = ""
+            fits[key], reasons = {}, list[str]()
             for name in found[key]:
                 try:
-                    fitted[name] = fit(_with_scale(site, name), name, shapes[name], self.witness)
+                    fits[key][name] = fit(_with_scale(site, name), name, shapes[name], self.witness)
                 except Misfit as error:
-                    reason = f"{name}: {error}"
-            free = {name: one for name, one in fitted.items() if name not in sites}
-            if not free:
-                problems.add(reason or f"{key}: its parameter {', '.join(fitted)} is already adapted")
-            else:
-                name = _choose(key, list(free), problems)
-                sites[name] = free[name]
-        return sites
-
-    def _bias(self, key: str, found: Mapping[str, Sequence[str]], problems: Problems) -> str:
-        return found[key][0]
+                    reasons.append(f"{name}: {error}")
+            if not fits[key]:
+                problems.add("; or ".join(reasons))
+        sites: dict[str, LowRank] = {}
+        while waiting := {key: options for key, options in fits.items() if options}:
+            key = min(waiting, key=lambda key: len(waiting[key]))
+            name = _choose(key, list(waiting[key]), problems)
+            sites[name] = fits.pop(key)[name]
+            for other, options in fits.items():
+                if options.pop(name, None) is not None and not options:
+                    problems.add(f"{name} is adapted by both {key} and {other}")
+        return {name: sites[name] for name in shapes if name in sites}
 
     def _check_replaced(self, name: str, tensor: torch.Tensor, problems: Problems) -> None:
         have, got = self.base[name], tuple(tensor.shape)

@@ -72,6 +72,15 @@ def save(wrapped: Any, path: Path, **options: Any) -> Path:
     return path
 
 
+def load(base: nn.Module, path: Path) -> Any:
+    """What PEFT makes of an adapter directory."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(base, str(path)).eval()
+
+
 def merged(wrapped: Any) -> Weights:
     """PEFT's own merge, by the base's names."""
     with warnings.catch_warnings():
@@ -150,6 +159,8 @@ def assert_same(one: Adapter, other: Adapter) -> None:
         assert site.magnitude is None or torch.equal(site.magnitude, twin.magnitude)
     assert one.replace.keys() == other.replace.keys() and one.shift.keys() == other.shift.keys()
     assert all(torch.equal(t, other.replace[n]) for n, t in one.replace.items())
-    assert all(torch.equal(t, other.shift[n][0]) and s == other.shift[n][1] for n, (t, s) in one.shift.items())
+    assert all(
+        torch.equal(t, other.shift[n][0]) and s == other.shift[n][1] for n, (t, s) in one.shift.items()
+    )
     assert {n: i for n, (i, _) in one.rows.items()} == {n: i for n, (i, _) in other.rows.items()}
     assert all(torch.equal(t, other.rows[n][1]) for n, (_, t) in one.rows.items())

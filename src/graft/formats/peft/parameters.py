@@ -6,6 +6,7 @@ wrapper per parameter: the parameter declared last on the module is the outermos
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,36 +36,53 @@ def packed(
             f"{name} has {len(pairs)} adapters for parameters, but target_parameters names only "
             f"{', '.join(candidates)}"
         )
+        for key in (key for pair in pairs for key in pair):
+            reader.ledger.take(key.text)
+        return
     settings = {leaf: reader.settings.of(f"{name}.{leaf}") for leaf in candidates}
-    for depth, (a, b) in enumerate(pairs):
-        raw_a, raw_b = reader.ledger.take(a.text), reader.ledger.take(b.text)
+    taken = [(reader.ledger.take(a.text), reader.ledger.take(b.text)) for a, b in pairs]
+    fitting = _fitting([raw_a.shape[0] for raw_a, _ in taken], {n: r for n, (r, _) in settings.items()})
+    for depth, ((a, b), (raw_a, raw_b), leaves) in enumerate(zip(pairs, taken, fitting, strict=True)):
         if raw_a.dim() != 2 or raw_b.dim() != 2 or raw_a.shape[0] != raw_b.shape[1]:
             reader.problems.add(
                 f"{a.text} and {b.text} do not agree on the rank: "
                 f"A {list(raw_a.shape)}, B {list(raw_b.shape)}"
             )
             continue
-        fitting = [leaf for leaf in candidates if raw_a.shape[0] % settings[leaf][0] == 0]
-        ranks = {settings[leaf][0] for leaf in fitting}
+        ranks = {settings[leaf][0] for leaf in leaves}
         if len(ranks) != 1:
+            known = ", ".join(f"{leaf} {rank}" for leaf, (rank, _) in settings.items())
             reader.problems.add(
-                f"{a.text} has {raw_a.shape[0]} rows; which of the ranks "
-                f"{sorted({rank for rank, _ in settings.values()})} it has cannot be told"
+                f"{a.text} has {raw_a.shape[0]} rows, which tell no rank; the configuration has {known}"
             )
             continue
-        rank = ranks.pop()
-        experts = raw_a.shape[0] // rank
-        _check_dialect(reader, b, rank, experts)
+        experts = raw_a.shape[0] // ranks.pop()
+        _check_dialect(reader, b, raw_a.shape[0] // experts, experts)
         site = LowRank(
             raw_a,
             expert_major(raw_b, experts),
-            settings[fitting[0]][1],
+            settings[leaves[0]][1],
             kind="parameter",
             fan_in_fan_out=True if _unswapped(reader) and experts > 1 else None,
-            among=tuple((leaf, settings[leaf][1]) for leaf in fitting),
+            among=tuple((leaf, settings[leaf][1]) for leaf in leaves),
         )
-        alone = len(fitting) == 1 and len(pairs) == 1
-        reader.sites[f"{name}.{fitting[0]}" if alone else f"{name}.?{depth}"] = site
+        reader.sites[f"{name}.{leaves[0]}" if len(leaves) == 1 else f"{name}.?{depth}"] = site
+
+
+def _fitting(rows: list[int], ranks: dict[str, int]) -> list[list[str]]:
+    """For each wrapper the parameters that it may adapt: A has experts · rank rows, with one experts."""
+    possible: list[set[str]] = [set() for _ in rows]
+    loose: list[set[str]] = [set() for _ in rows]
+    for leaves in permutations(ranks, min(len(rows), len(ranks))):
+        pairs = list(zip(rows, leaves, strict=False))
+        if any(n % ranks[leaf] for n, leaf in pairs):
+            continue
+        same = len({n // ranks[leaf] for n, leaf in pairs}) == 1
+        for index, leaf in enumerate(leaves):
+            loose[index].add(leaf)
+            if same:
+                possible[index].add(leaf)
+    return [sorted(strict or free) for strict, free in zip(possible, loose, strict=True)]
 
 
 def expert_major(b: torch.Tensor, experts: int) -> torch.Tensor:
