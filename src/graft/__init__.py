@@ -11,11 +11,14 @@ from .errors import (
     TargetError,
     VerifyError,
 )
+from .export_model import export
 from .fusing import disabled, fuse, fused, unfuse
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from .layout import Layout
 from .model import AdaptReport, adapt, freeze, state_dict, unadapt
 from .options import Options
+from .persist import load, save
+from .verify_model import verify
 
 __version__ = "0.1.0"
 
@@ -39,10 +42,14 @@ __all__ = [
     "VerifyError",
     "adapt",
     "disabled",
+    "export",
     "freeze",
     "fuse",
     "fused",
+    "load",
+    "save",
     "state_dict",
     "unadapt",
     "unfuse",
+    "verify",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
@@ -100,36 +100,50 @@ def sites(model: nn.Module) -> Mapping[str, tuple[Adapted, str]]:
     return found
 
 
-@dataclass(frozen=True)
-class Removed:
-    """A site taken from a module, for putting it back."""
-
-    module: nn.Module
-    parameter: str
-    slot: Slot
-    a: nn.Parameter
-    b: nn.Parameter
-
-
-def release(module: nn.Module, parameter: str) -> Removed | None:
+def release(module: nn.Module, parameter: str) -> None:
     """Take a site from a module, if it is one; the plain class returns with the last of them."""
-    slot = slots_of(module).get(parameter)
-    if slot is None:
-        return None
-    a, b = (cast(nn.Parameter, getattr(module, name)) for name in factor_names(parameter))
-    adapted = cast(Adapted, module)
-    detach(adapted, parameter)
-    if not adapted.graft_slots:
-        become_plain(adapted)
-    return Removed(module, parameter, slot, a, b)
+    if parameter in slots_of(module):
+        adapted = cast(Adapted, module)
+        detach(adapted, parameter)
+        if not adapted.graft_slots:
+            become_plain(adapted)
 
 
-def restore(removed: Removed) -> None:
-    """Put a released site back exactly as it was."""
-    adapted = become_adapted(removed.module)
-    for name, value in zip(factor_names(removed.parameter), (removed.a, removed.b), strict=True):
-        adapted.register_parameter(name, value)
-    adapted.graft_slots[removed.parameter] = removed.slot
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Generator[None]:
+    """Attach and release inside the block; after an exception the model is adapted as it was before."""
+    before = [
+        (m, parameter, slot, [getattr(m, n) for n in factor_names(parameter)])
+        for m in model.modules()
+        for parameter, slot in slots_of(m).items()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module in list(model.modules()):
+            for parameter in list(slots_of(module)):
+                release(module, parameter)
+        for module, parameter, slot, pair in before:
+            adapted = become_adapted(module)
+            for name, value in zip(factor_names(parameter), pair, strict=True):
+                adapted.register_parameter(name, value)
+            adapted.graft_slots[parameter] = slot
+        raise
+    finally:
+        attach_readers(model)
+
+
+@contextmanager
+def plain_classes(model: nn.Module) -> Generator[None]:
+    """Every module of its plain class inside the block: no adapter runs, whatever the sites' states."""
+    swapped = [(m, type(m)) for m in model.modules() if isinstance(m, Adapted)]
+    try:
+        for module, _ in swapped:
+            module.__class__ = cast(Any, module.graft_plain)
+        yield
+    finally:
+        for module, cls in swapped:
+            module.__class__ = cast(Any, cls)
 
 
 def attach_readers(model: nn.Module) -> None:

@@ -30,8 +30,12 @@ class Held:
         return self.module.graft_slots[self.parameter].site
 
     @property
+    def parameter_tensor(self) -> nn.Parameter:
+        return cast(nn.Parameter, getattr(self.module, self.parameter))
+
+    @property
     def weight(self) -> torch.Tensor:
-        return cast(nn.Parameter, getattr(self.module, self.parameter)).detach()
+        return self.parameter_tensor.detach()
 
 
 def held_sites(model: nn.Module, targets: Patterns | None = None) -> list[Held]:
@@ -120,6 +124,27 @@ def disabled(model: nn.Module, targets: Patterns | None = None) -> Generator[Non
         for h, before in zip(held, was_disabled, strict=True):
             h.site.disabled = before
         _all_or_none([h for h in was_fused if h.site.fusion is None], _fuse_one, _unfuse_one)
+
+
+def effective_weight(h: Held, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``W + ΔW`` rounded once to ``dtype`` (the weight's own when None), as a new tensor.
+
+    Raises:
+        StateError: the sum overflows that dtype.
+    """
+    dtype = dtype or h.weight.dtype
+    if h.site.fusion is not None:
+        if dtype != h.weight.dtype:
+            raise StateError(
+                f"{h.name} is fused, and rounding it again to {dtype} would round twice; unfuse first"
+            )
+        return h.weight.clone()
+    flat = h.weight.contiguous().view(-1)
+    out = torch.empty_like(flat, dtype=dtype)
+    broken = delta_of(h.module, h.parameter).add(flat, out)
+    if broken:
+        raise StateError(f"{h.name}: {broken} elements of W + ΔW are beyond the range of {dtype}")
+    return out.view(h.weight.shape)
 
 
 def _fuse_one(h: Held) -> None:

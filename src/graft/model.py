@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapted import NO_ADAPTER, Adapted, Site, factor_names, factors, slots_of
 from .adapter import Adapter, LowRank
-from .attach import Removed, attach, attach_readers, detach, release, restore, sites
+from .attach import all_or_nothing, attach, attach_readers, detach, release, sites
 from .errors import Problems, StateError, TargetError
 from .fusing import fuse as fuse_sites
 from .fusing import unfuse
@@ -77,24 +77,14 @@ def adapt(
     chosen, excluded = select(model, targets, exclude)
     plans = _plans(chosen, options, replace)
     _check_freeze(model, bias, train)
-    removed: list[Removed] = []
-    attached: list[Target] = []
-    try:
+    with all_or_nothing(model):
         for target, site_options, site_layout in plans:
-            removed += [r for h in target.holders if (r := release(h.module, h.parameter)) is not None]
-            attached.append(target)
-            attach_target(model, target, Site(site_options, site_layout, site_options.scale))
-    except BaseException:
-        for target in attached:
             for h in target.holders:
                 release(h.module, h.parameter)
-        for r in removed:
-            restore(r)
-        attach_readers(model)
-        raise
-    attach_readers(model)
+            attach_target(model, target, Site(site_options, site_layout, site_options.scale))
     freeze(model, bias=bias, train=train)
-    report = _report(model, chosen, excluded)
+    tied = [[h.name for h in t.holders] for t in chosen if len(t.holders) > 1]
+    report = report_of(model, [t.name for t in chosen], excluded, tied)
     if not quiet:
         print(report)
     return report
@@ -259,12 +249,18 @@ def _is_bias(name: str) -> bool:
     return name == "bias" or name.endswith("_bias") or name.startswith("bias_")
 
 
-def _report(model: nn.Module, chosen: list[Target], excluded: list[str]) -> AdaptReport:
+def report_of(
+    model: nn.Module,
+    names: Iterable[str],
+    excluded: Iterable[str] = (),
+    tied: Iterable[Iterable[str]] = (),
+) -> AdaptReport:
+    """The report on these sites, with the model's parameters counted now."""
     parameters = list(model.parameters())
     return AdaptReport(
-        sites=tuple(t.name for t in chosen),
+        sites=tuple(names),
         excluded=tuple(excluded),
-        tied=tuple(tuple(h.name for h in t.holders) for t in chosen if len(t.holders) > 1),
+        tied=tuple(tuple(together) for together in tied),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
     )

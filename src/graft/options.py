@@ -86,12 +86,16 @@ def new_factors(
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """Fresh factors ``A [(n r), i]`` and ``B [(n o), r]`` for a stored weight, on its device; ΔW is 0."""
     shape_a, shape_b = layout.factor_shapes(weight.shape, options.rank)
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    dtype = options.dtype or (torch.float32 if half else weight.dtype)
+    dtype = options.dtype or factor_dtype(weight)
     a = torch.empty(shape_a, dtype=dtype, device=weight.device)
     init_a(a, options.init or ("normal" if embedding else "kaiming"), options.rank)
     b = torch.zeros(shape_b, dtype=dtype, device=weight.device)
     return nn.Parameter(a), nn.Parameter(b)
+
+
+def factor_dtype(weight: torch.Tensor) -> torch.dtype:
+    """float32 for a half-precision weight, whose own dtype is too coarse for small steps; else its own."""
+    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
 
 
 def init_a(a: torch.Tensor, init: Init, rank: int) -> None:

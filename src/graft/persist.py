@@ -1,0 +1,231 @@
+"""Save a model's adapter to a file of any known format, and load one into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace as changed
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .adapted import Site, factor_names, factors, slots_of
+from .adapter import Adapter, LowRank
+from .attach import all_or_nothing, release, sites
+from .errors import BaseMismatchError, FormatError, GraftError, Problems
+from .kinds import stored_transposed
+from .layout import Layout
+from .model import AdaptReport, adapter_of, attach_target, factor_parameters, freeze, report_of
+from .options import Options, factor_dtype
+from .targets import Inventory, Target
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: str = "peft",
+    trained: bool = True,
+    base_name: str | None = None,
+) -> list[str]:
+    """Write the model's adapter: factors, and every other parameter that trains (``trained``).
+
+    A fused model may be saved: A and B are what is written, and they do not change by fusing.
+
+    Args:
+        path: the new directory (``peft``) or file (``loralib``).
+        base_name: the base's name for the adapter's configuration; the model's own if it has one.
+    Returns:
+        Sentences about what the files cannot say and their reader must be told.
+    Raises:
+        StateError: the model has no adapter.
+        FormatError: a part of the adapter that the format cannot hold.
+        OutputError: the path exists or cannot be written.
+    """
+    from .formats import write
+
+    name = base_name or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return write(adapter_of(model, trained=trained), Path(path), format=format, base_name=name)
+
+
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    replace: bool = False,
+    quiet: bool = False,
+) -> AdaptReport:
+    """Load an adapter file of any known format into a model, which is adapted for it if it is not yet.
+
+    A model without adapter gets the file's sites, ranks and scales and is frozen but for them. An adapted
+    model takes the values into its own factors, which must have the file's sites, ranks and layouts
+    (``replace=True`` puts the file's adapter in the place of any other). Full tensors of the file
+    (``modules_to_save``, biases) and trained rows are copied into the model's parameters.
+
+    Args:
+        format, alpha: as for ``graft fuse``: the format's name, and alpha where files do not carry it.
+        dropout: of the sites that are made here; files of most formats do not decide it.
+    Raises:
+        FormatError: not an adapter, or one that cannot be run in memory (DoRA, lora_bias).
+        BaseMismatchError: an adapter for another base or other sites; nothing was changed.
+    """
+    from .bind import bind
+    from .formats import read
+
+    adapter = read(Path(path), format=format, alpha=alpha)
+    inventory = Inventory(model)
+    config = getattr(model, "config", None)
+    to_dict = getattr(config, "to_dict", None)
+    about = cast("Mapping[str, object]", to_dict()) if callable(to_dict) else None
+    bound = bind(adapter, _shapes(model), config=about, transposed=_teller(inventory))
+    _refuse_unrunnable(bound)
+    _check_full(model, bound)
+    fresh = not sites(model)
+    if fresh or replace:
+        _attach(model, inventory, bound, dropout)
+    else:
+        _check_same(model, bound)
+        _copy_factors(model, bound)
+    _copy_full(model, bound)
+    if fresh:
+        freeze(model)
+        for name in bound.replace:
+            model.get_parameter(name).requires_grad_(True)
+    report = report_of(model, list(sites(model)))
+    if not quiet:
+        print("\n".join([str(report), *(f"  {note}" for note in bound.notes)]))
+    return report
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    factor_ids = {id(p) for p in factor_parameters(model).values()}
+    return {n: tuple(p.shape) for n, p in model.named_parameters() if id(p) not in factor_ids}
+
+
+def _teller(inventory: Inventory) -> Any:
+    """Tells :func:`graft.bind.bind` how the module's class stores a weight, where shapes do not."""
+
+    def transposed(name: str) -> bool | None:
+        weight = inventory.weights.get(name)
+        if weight is None:
+            return None
+        first = inventory.holders[id(weight)][0]
+        return stored_transposed(first.module, first.parameter)
+
+    return transposed
+
+
+def _refuse_unrunnable(adapter: Adapter) -> None:
+    problems = Problems(FormatError, "this adapter cannot be run as factors in a model:")
+    for name, site in adapter.sites.items():
+        if site.magnitude is not None:
+            problems.add(f"{name} has a DoRA magnitude")
+    for name in adapter.shift:
+        problems.add(f"{name} is shifted by lora_bias")
+    problems.raise_if_any("Fuse it into the base's files instead: graft fuse BASE ADAPTER -o OUT")
+
+
+def _check_full(model: nn.Module, adapter: Adapter) -> None:
+    problems = Problems(BaseMismatchError, "the adapter's full tensors do not fit the model:")
+    for name, tensor in adapter.replace.items():
+        have = model.get_parameter(name).shape
+        if have != tensor.shape:
+            problems.add(f"{name}: the model has {list(have)}, the adapter {list(tensor.shape)}")
+    problems.raise_if_any("Resize the model first (model.resize_token_embeddings(n) for a vocabulary)")
+
+
+def _attach(model: nn.Module, inventory: Inventory, adapter: Adapter, dropout: float) -> None:
+    """The file's sites in the place of whatever the model had; as it was if one cannot be made."""
+    from .fusing import unfuse
+
+    if sites(model):
+        unfuse(model)
+    with all_or_nothing(model):
+        for module in list(model.modules()):
+            for parameter in list(slots_of(module)):
+                release(module, parameter)
+        for name, site in adapter.sites.items():
+            target = Target(tuple(inventory.holders[id(inventory.weights[name])]))
+            alpha = site.scale * site.rank
+            options = Options(site.rank, alpha, dropout=dropout, layout=site.layout)
+            try:
+                attach_target(
+                    model, target, Site(options, _layout(site), site.scale), _pair(site, target.weight)
+                )
+            except GraftError as error:
+                raise type(error)(f"{name}: {error}") from None
+
+
+def _layout(site: LowRank) -> Layout:
+    assert site.layout is not None
+    return site.layout
+
+
+def _pair(site: LowRank, weight: torch.Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    """The file's factors as parameters of a dtype that holds them exactly."""
+    made: list[nn.Parameter] = []
+    for factor in (site.A, site.B):
+        dtype = torch.promote_types(factor.dtype, factor_dtype(weight))
+        made.append(nn.Parameter(factor.detach().to(weight.device, dtype, copy=True).contiguous()))
+    return made[0], made[1]
+
+
+def _check_same(model: nn.Module, adapter: Adapter) -> None:
+    """The adapter has the sites, ranks and layouts of the model's own."""
+    problems = Problems(BaseMismatchError, "the file's adapter is not of the model's adapter's form:")
+    ours = sites(model)
+    for name in ours.keys() - adapter.sites.keys():
+        problems.add(f"{name} is adapted in the model and not in the file")
+    for name, theirs in adapter.sites.items():
+        if name not in ours:
+            problems.add(f"{name} is adapted in the file and not in the model")
+            continue
+        module, parameter = ours[name]
+        f, site = factors(module, parameter), module.graft_slots[parameter].site
+        if site.fusion is not None:
+            problems.add(f"{name} is fused; call graft.unfuse(model) first")
+        elif not _same_layout(f.layout, _layout(theirs)):
+            problems.add(f"{name}: layout {f.layout.pattern!r} here, {_layout(theirs).pattern!r} in the file")
+        elif f.b.shape != theirs.B.shape:
+            problems.add(f"{name}: rank {f.b.shape[1]} in the model, {theirs.rank} in the file")
+        elif not (_holds(f.a, theirs.A) and _holds(f.b, theirs.B)):
+            problems.add(f"{name}: factors of {f.a.dtype} cannot hold the file's {theirs.A.dtype} values")
+    problems.raise_if_any("Pass replace=True to put the file's adapter in the place of the model's")
+
+
+def _same_layout(x: Layout, y: Layout) -> bool:
+    """One group in rows is a plain matrix, and naming every group is naming none."""
+    return (_plain(x), x.enabled) == (_plain(y), y.enabled)
+
+
+def _plain(layout: Layout) -> Layout:
+    pattern = (
+        layout.pattern if layout.groups > 1 else layout.pattern.replace("(g o)", "o").replace("(g i)", "i")
+    )
+    return changed(layout, only=None, pattern=pattern)
+
+
+def _holds(factor: torch.Tensor, value: torch.Tensor) -> bool:
+    return torch.equal(value.to(factor.dtype).to(value.dtype), value)
+
+
+@torch.no_grad()
+def _copy_factors(model: nn.Module, adapter: Adapter) -> None:
+    for name, (module, parameter) in sites(model).items():
+        theirs = adapter.sites[name]
+        for factor, value in zip(factor_names(parameter), (theirs.A, theirs.B), strict=True):
+            getattr(module, factor).copy_(value)
+        module.graft_slots[parameter].site.scale = theirs.scale
+
+
+@torch.no_grad()
+def _copy_full(model: nn.Module, adapter: Adapter) -> None:
+    for name, tensor in adapter.replace.items():
+        model.get_parameter(name).copy_(tensor)
+    for name, (indices, tensor) in adapter.rows.items():
+        parameter = model.get_parameter(name)
+        parameter[list(indices)] = tensor.to(parameter.device, parameter.dtype)
