@@ -74,7 +74,7 @@ def _lib() -> ctypes.CDLL:
 
 def _factors(left: torch.Tensor, right: torch.Tensor, scale: torch.Tensor) -> list[int]:
     assert left.dtype == right.dtype == torch.float32 and scale.dtype == torch.float64
-    assert left.stride(1) in (1, left.numel()) or left.shape[1] == 1
+    assert left.stride(1) == 1 or left.shape[1] == 1
     assert right.stride(1) == 1 or right.shape[1] == 1
     assert scale.is_contiguous() and scale.device.type == "cpu"
     rows, rank = left.shape
