@@ -77,13 +77,15 @@ def training_bar(steps: int, score: float) -> Generator[Callable[[float, float],
         yield report
 
 
-def graft(*arguments: str | Path, shown: Iterable[str | Path]) -> None:
+def graft(*arguments: str | Path) -> None:
     """Run the ``graft`` command in a process of its own, as a user would; its output is shown as it is."""
-    console.print(Text.assemble(("   $ ", "dim"), ("graft " + " ".join(map(str, shown)), "cyan")))
+    words = [str(a) for a in arguments]
+    console.print(Text.assemble(("   $ ", "dim"), ("graft " + " ".join(words), "cyan")))
     sys.stdout.flush()
-    subprocess.run(
-        [sys.executable, "-m", "graft", *map(str, arguments)], check=True, env=os.environ | {"COLUMNS": "100"}
-    )
+    environment = os.environ | {"COLUMNS": str(console.width)}
+    done = subprocess.run([sys.executable, "-m", "graft", *words], env=environment, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def summary(rows: Iterable[tuple[str, str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -243,7 +244,9 @@ class _Binder:
             return []
         if theirs.rstrip("/").rpartition("/")[2] == ours.rstrip("/").rpartition("/")[2]:
             return []
-        return [f"the adapter says it was trained on {theirs}, the base says it is {ours}"]
+        if Path(theirs).is_absolute() or Path(theirs).exists():
+            return []
+        return [f"the adapter names {theirs} as its base; the base's config.json names {ours}"]
 
 
 def _any_in(names: Sequence[str], base: Mapping[str, object]) -> bool:

@@ -128,9 +128,8 @@ def fuse(
     plan = make_plan(found, job.adapter, wanted)
     try:
         loss = measure(plan)
-        work = _Work(
-            found, inputs.base_name(base, found), adapter, read.format, identity, job, wanted, plan, loss
-        )
+        name = inputs.base_name(base, found, read.config.get("base_model_name_or_path"))
+        work = _Work(found, name, adapter, read.format, identity, job, wanted, plan, loss)
         options: dict[str, object] = {"scale": scale, "alpha": alpha, "dtype": dtype, "tied": tied}
         options["max_shard_size"] = max_shard_size
         texts = work.texts(options)

@@ -165,16 +165,20 @@ def hexadecimal(total: int, length: int) -> str:
     return f"{checksum.finish(total & (1 << 64) - 1, length):016x}"
 
 
-def base_name(given: Path | str, base: Checkpoint) -> str:
-    """The base's name for people and for the hub: an id if one is known, else the directory's name."""
+def base_name(given: Path | str, base: Checkpoint, told: object = None) -> str:
+    """The base's name for people and for the hub: an id if one is known, else the directory's name.
+
+    ``told`` is what the adapter calls its base. It is asked before the base's own ``_name_or_path``, which
+    in files that were trained further names what they were made from.
+    """
     if not Path(given).exists():
         return str(given)
     for part in (*base.folder.absolute().parts[::-1],):
         if part.startswith("models--") and part.count("--") >= 2:
             return part.removeprefix("models--").replace("--", "/", 1)
-    said = base.config.get("_name_or_path")
-    if isinstance(said, str) and _HUB_ID.fullmatch(said) and not Path(said).exists():
-        return said
+    for said in (told, base.config.get("_name_or_path")):
+        if isinstance(said, str) and _HUB_ID.fullmatch(said) and not Path(said).exists():
+            return said
     return base.folder.resolve().name
 
 
