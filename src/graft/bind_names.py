@@ -6,25 +6,10 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-#: components that wrappers put in front of, or take from, a model's names
-WRAPPERS = frozenset(
-    [
-        "base_model",
-        "model",
-        "module",
-        "_forward_module",
-        "transformer",
-        "language_model",
-        "text_model",
-        "encoder",
-        "decoder",
-        "_orig_mod",
-        "_fsdp_wrapped_module",
-        "_checkpoint_wrapped_module",
-    ]
-)
 #: components that wrappers put anywhere in a name
 _INTERIOR = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+#: components that wrappers put in front of a model's names; they name nothing of the model
+_WRAPPERS = _INTERIOR | {"base_model", "module", "_forward_module"}
 
 Parts = tuple[str, ...]
 
@@ -58,8 +43,9 @@ def clean(name: str) -> Parts:
 def repairs(missing: Sequence[str], base: Iterable[str]) -> list[Repair]:
     """Prefix repairs under which one of the alternative names ``missing`` is a name of the base.
 
-    A repair may exchange wrapper components and at most one free one (a model's own prefix such as
-    ``bert``); it never touches a layer's number, so a renamed layer cannot be repaired.
+    A repair puts in or takes off wrapper components, ``model``, and at most one name of the model's own
+    (``bert``); it never exchanges one name for another nor touches a layer's number, so a renamed layer or
+    another tower of the model cannot be repaired.
     """
     found: dict[Repair, None] = {}
     names = [name.split(".") for name in base]
@@ -83,9 +69,11 @@ def _common_suffix(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _allowed(repair: Repair) -> bool:
-    changed = (*repair.strip, *repair.add)
-    free = [part for part in changed if part not in WRAPPERS]
-    return len(free) <= 1 and not any(part.isdigit() for part in changed)
+    if any(part.isdigit() for part in (*repair.strip, *repair.add)):
+        return False
+    strip, add = ([p for p in side if p not in _WRAPPERS] for side in (repair.strip, repair.add))
+    named = [p for p in (*strip, *add) if p != "model"]
+    return len(named) <= 1 and not (named and strip and add)
 
 
 def renamed(

@@ -88,7 +88,7 @@ def test_all_layers(enable: list[bool], fan: bool, tmp_path: Path) -> None:
 
 
 def test_blocks_that_the_file_does_not_name_are_asked_for(tmp_path: Path) -> None:
-    base, want = saved(Net([True, False, True]), tmp_path / "lora.pt")
+    base, _ = saved(Net([True, False, True]), tmp_path / "lora.pt")
     with pytest.raises(BaseMismatchError, match="enable_lora"):
         bound(tmp_path / "lora.pt", base)
     full, _ = saved(Net([True, True, True]), tmp_path / "full.pt")
@@ -163,7 +163,8 @@ def test_loralib_to_peft(tmp_path: Path) -> None:
     plain = nn.ModuleDict(
         {
             "emb": nn.Embedding(17, 10), "lin": nn.Linear(10, 14), "square": nn.Linear(14, 14, bias=False),
-            "conv": nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3)}), "qkv": nn.Linear(10, 12), "plain": nn.Linear(3, 3),
+            "conv": nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3)}), "qkv": nn.Linear(10, 12),
+            "plain": nn.Linear(3, 3),
         }
     )  # fmt: skip
     from dataclasses import replace

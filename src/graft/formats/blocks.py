@@ -7,6 +7,7 @@ is a product with zero. Formats without blocks are written with it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -83,18 +84,5 @@ def all_experts(site: LowRank) -> LowRank:
     return _replaced(site, a.flatten(0, 1), b.flatten(0, 1), Layout(layout.pattern, layout.groups))
 
 
-def padded(site: LowRank, rank: int) -> LowRank:
-    """The same update with ranks of zeros added to reach ``rank``."""
-    extra = rank - site.rank
-    assert extra >= 0
-    if not extra:
-        return site
-    n = site.A.shape[0] // site.rank
-    a = torch.nn.functional.pad(site.A.reshape(n, site.rank, -1), (0, 0, 0, extra)).flatten(0, 1)
-    return _replaced(site, a, torch.nn.functional.pad(site.B, (0, extra)), site.layout)
-
-
 def _replaced(site: LowRank, a: torch.Tensor, b: torch.Tensor, layout: Layout | None) -> LowRank:
-    from dataclasses import replace
-
     return replace(site, A=a, B=b, layout=layout)

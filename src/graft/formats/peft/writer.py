@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from ...adapter import Adapter, LowRank
+from ...algebra import padded
 from ...errors import FormatError, Problems
 from ...tensors import atomic_directory, save_file
-from ..blocks import all_experts, joined, padded, turned
+from ..blocks import all_experts, joined, turned
 from .parameters import rank_major
 
 #: the version whose dialect is written: it decides how a reader takes packed parameters
