@@ -203,9 +203,8 @@ def _same_layout(x: Layout, y: Layout) -> bool:
 
 
 def _plain(layout: Layout) -> Layout:
-    pattern = (
-        layout.pattern if layout.groups > 1 else layout.pattern.replace("(g o)", "o").replace("(g i)", "i")
-    )
+    one = {"(g o) i": "o i", "i (g o)": "i o", "(g i) o": "i o"}
+    pattern = one.get(layout.pattern, layout.pattern) if layout.groups == 1 else layout.pattern
     return changed(layout, only=None, pattern=pattern)
 
 

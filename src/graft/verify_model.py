@@ -132,7 +132,7 @@ def _probing(held: Iterable[Held]) -> Generator[None]:
                 own.append((p, p.data))
                 p.data = torch.randn(p.shape, device=p.device).to(p.dtype)
             # E‖B·A‖² = n·o·r·i for independent N(0, 1) entries
-            wanted = _PROBE * (float(h.weight.norm(dtype=torch.float32)) or 1.0) / abs(f.scale)
+            wanted = _PROBE * (_norm(h.weight) or 1.0) / abs(f.scale)
             own[-1][0].data.mul_(wanted / math.sqrt(f.b.numel() * f.a.shape[1]))
         yield
     finally:
@@ -149,6 +149,10 @@ def _evaluating(model: nn.Module) -> Generator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _norm(x: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
