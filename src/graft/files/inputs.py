@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BaseMismatchError, FormatError, OutputError
 from ..tensors import read_json
 from . import tied
+from .experts import in_memory
 from .packed import Both, Part
 from .shards import Shard
 from .sources import OpenFile
@@ -86,33 +87,48 @@ def fit(base: Checkpoint, adapter: Adapter, *, scale: float, choice: str | None)
     Raises:
         BaseMismatchError: it was not made for this base, or a choice is needed (``--tied``).
     """
-    from .experts import packed_parameters
-
     adapter = tied.scaled(adapter, scale)
-    shapes = base.shapes
-    packed = packed_parameters(base, adapter)
-    shapes.update({name: one.shape for name, one in packed.items()})
-    added: dict[str, str] = {}
-    parts: dict[str, Part | Both] = {}
-    config: dict[str, object] = {}
     try:
-        bound = bind(adapter, shapes, config=base.config)
+        return _fit(base, adapter, base.shapes, choice)
+    except BaseMismatchError:
+        # Only now, because looking transformers' table up takes seconds.
+        mapped = _fit_memory(base, adapter, choice)
+        if mapped is None:
+            raise
+        return mapped
+
+
+def _fit_memory(base: Checkpoint, adapter: Adapter, choice: str | None) -> Job | None:
+    """Bind under the names that the model has in memory; None if it does not fit those either."""
+    memory = in_memory(base)
+    if memory is None:
+        return None
+    try:
+        job = _fit(base, adapter, memory.shapes, choice)
+    except BaseMismatchError:
+        return None
+    moved, parts = memory.to_files(job.adapter)
+    return replace(job, adapter=moved, parts={**job.parts, **parts})
+
+
+def _fit(base: Checkpoint, adapter: Adapter, shapes: dict[str, tuple[int, ...]], choice: str | None) -> Job:
+    """Bind to parameters of these names and shapes; a head that is tied to the embedding is settled."""
+    try:
+        return Job(base, bind(adapter, shapes, config=base.config), {}, {}, {})
     except BaseMismatchError:
         head = tied.absent_head(adapter, shapes)
         if head is None:
             raise
-        bound = bind(adapter, {**shapes, head[0]: shapes[head[1]]}, config=base.config)
-        settled = tied.settle(bound, *head, choice, shapes)
-        added.update(settled.added)
-        parts.update(settled.both)
-        config.update(settled.config)
-        bound = replace(settled.adapter, notes=(*settled.adapter.notes, *settled.notes))
-    sites = dict(bound.sites)
-    for name, one in packed.items():
-        site = sites.pop(name, None)
-        if site is not None:
-            parts.update(one.parts(site))
-    return Job(base, replace(bound, sites=sites), added, parts, config)
+    bound = bind(adapter, {**shapes, head[0]: shapes[head[1]]}, config=base.config)
+    settled = tied.settle(bound, *head, choice, base)
+    notes = (*settled.adapter.notes, *settled.notes)
+    return Job(
+        base,
+        replace(settled.adapter, notes=notes),
+        dict(settled.added),
+        dict(settled.both),
+        dict(settled.config),
+    )
 
 
 def open_base(base: Path | str) -> Checkpoint:

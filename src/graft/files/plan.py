@@ -89,6 +89,11 @@ def make_plan(base: Checkpoint, adapter: Adapter, wanted: Wanted) -> Plan:
     targets = {name: builder.target(name, entry) for name, entry in base.entries.items()}
     for name, origin in wanted.added.items():
         targets[name] = builder.target(name, base.entries[origin])
+    lost = sorted({*adapter.touched, *wanted.parts} - targets.keys())
+    if lost:
+        raise FormatError(
+            f"the adapter changes {', '.join(lost[:5])}, for which the base's files have no place"
+        )
     shards: list[Shard] = []
     same = True
     for file, names in _groups(base, targets, wanted.max_shard_size).items():

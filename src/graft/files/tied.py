@@ -9,6 +9,7 @@ import torch
 
 from ..adapter import Adapter, LowRank
 from ..bind_layouts import EMBEDDINGS, HEADS
+from ..checkpoint import Checkpoint
 from ..errors import BaseMismatchError, GraftError
 from .packed import Both
 
@@ -60,9 +61,7 @@ def _fits(adapter: Adapter, key: str, shape: tuple[int, ...]) -> bool:
     return (site.B.shape[0], site.A.shape[1]) == shape
 
 
-def settle(
-    adapter: Adapter, head: str, embedding: str, choice: str | None, base: Mapping[str, tuple[int, ...]]
-) -> Tied:
+def settle(adapter: Adapter, head: str, embedding: str, choice: str | None, base: Checkpoint) -> Tied:
     """Decide what a bound update of a tied head does.
 
     Args:
@@ -71,6 +70,11 @@ def settle(
     Raises:
         BaseMismatchError: no choice was made where the two differ.
     """
+    full = dict(adapter.replace)
+    if head in adapter.sites and head in full and _same(full[head], base.read(embedding)):
+        # PEFT saves the weight under an adapted head too; here it is the tied weight itself.
+        del full[head]
+        adapter = replace(adapter, replace=full)
     if head in adapter.replace or choice == "untie":
         note = f"{head} is written apart from {embedding} (tie_word_embeddings is now false)"
         return Tied(adapter, {head: embedding}, {}, {"tie_word_embeddings": False}, (note,))
@@ -87,11 +91,18 @@ def settle(
             f"--tied shared cannot combine what the adapter does to {head} and {embedding}; use --tied untie"
         )
     if embedding in sites:
-        both[embedding] = Both(sites.pop(embedding), mine, base[embedding])
+        both[embedding] = Both(sites.pop(embedding), mine, base.entries[embedding].shape)
     else:
         sites[embedding] = mine
     note = f"{embedding} and the head tied to it both get the head's update"
     return Tied(replace(adapter, sites=sites), {}, both, {}, (note,))
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal numbers, whatever their dtypes, a few rows at a time."""
+    if a.shape != b.shape:
+        return False
+    return all(torch.equal(x.double(), y.double()) for x, y in zip(a.split(64), b.split(64), strict=True))
 
 
 def is_vocabulary(name: str) -> bool:
