@@ -44,8 +44,9 @@ def _unmatrixed(site: LowRank, matrix: tuple[int, int], shape: tuple[int, ...]) 
     """loralib's convolution ``[out·q, cols]`` as ``[out, q·cols]``: q bands a filter, each with own ranks."""
     bands, rest = divmod(matrix[0], shape[0])
     assert site.layout is not None
-    if rest or site.layout.pattern != "o i":
-        raise ValueError(f"matrix {matrix}")
+    grouped = matrix[1] != shape[1] * shape[2]  # loralib's columns are all input channels, W's only a group's
+    if rest or grouped or site.layout.pattern != "o i":
+        raise ValueError(f"matrix {matrix} of a weight {shape}")
     rank, cols = site.rank, matrix[1]
     assert math.prod(matrix) == math.prod(shape)
     a = site.A.new_zeros((bands * rank, bands * cols))

@@ -20,6 +20,7 @@ import torch
 from ...adapter import Adapter, LowRank
 from ...algebra import padded
 from ...errors import FormatError, Problems
+from ...layout import Layout
 from ...tensors import atomic_directory, save_file
 from ..blocks import all_experts, joined, turned
 from .parameters import rank_major
@@ -78,7 +79,9 @@ def _collect(adapter: Adapter) -> _Files:
         elif module in attention or (module.endswith(".out_proj") and module[:-9] in attention):
             continue
         elif leaf == "weight":
-            _add_module(files, name, module, _plain(site, name, problems), adapter)
+            plain = _plain(site, name, problems)
+            if plain is not None:
+                _add_module(files, module, plain)
         else:
             packed.setdefault(module, []).append(leaf)
     for module in sorted(attention):
@@ -112,15 +115,15 @@ def _unwritable(name: str, site: LowRank) -> str:
     return ""
 
 
-def _plain(site: LowRank, name: str, problems: Problems) -> LowRank:
+def _plain(site: LowRank, name: str, problems: Problems) -> LowRank | None:
     try:
         return joined(site)
     except ValueError as error:
         problems.add(f"{name}: PEFT has no module with layout {error}")
-        return site
+        return None
 
 
-def _add_module(files: _Files, name: str, module: str, site: LowRank, adapter: Adapter) -> None:
+def _add_module(files: _Files, module: str, site: LowRank) -> None:
     key = f"{_PREFIX}{module}"
     assert site.shape is not None and site.layout is not None
     if site.kind == "embedding":
@@ -144,6 +147,8 @@ def _add_attention(files: _Files, module: str, adapter: Adapter, problems: Probl
     """MultiheadAttention: PEFT always adapts in_proj and out_proj, with one rank and one alpha."""
     inner = _plain(adapter.sites[f"{module}.in_proj_weight"], f"{module}.in_proj_weight", problems)
     outer = adapter.sites.get(f"{module}.out_proj.weight")
+    if inner is None:
+        return
     key = f"{_PREFIX}{module}"
     if outer is None:
         width = inner.A.shape[1]
@@ -154,7 +159,7 @@ def _add_attention(files: _Files, module: str, adapter: Adapter, problems: Probl
         )
         return
     else:
-        outer = _plain(outer, f"{module}.out_proj.weight", problems)
+        outer = joined(outer)
         rank = max(inner.rank, outer.rank)
         inner, outer = padded(inner, rank), padded(outer, rank)
         a, b = outer.A, outer.B
@@ -183,9 +188,10 @@ def _add_parameters(
             site = all_experts(site)
             experts = site.shape[0] if site.shape else 1
         else:
-            site, experts = _plain(site, name, problems), 1
-            if site.layout is not None and site.layout.pattern == "i o":
-                site = turned(site)
+            plain, experts = _plain(site, name, problems), 1
+            if plain is None:
+                continue
+            site = turned(plain) if plain.layout == Layout("i o") else plain
         key = _PREFIX + module + ".base_layer" * depth
         files.tensors[f"{key}.lora_A.weight"] = site.A
         files.tensors[f"{key}.lora_B.weight"] = rank_major(site.B, experts)
@@ -261,13 +267,11 @@ def _add_rows(files: _Files, adapter: Adapter) -> None:
 
 def _config(adapter: Adapter, files: _Files, base_name: str | None) -> dict[str, object]:
     read = adapter.config if adapter.format == "peft" else {}
-    alphas = {name: (rank, _alpha(rank, scale)) for name, (rank, scale) in files.settings.items()}
+    rslora, alphas = _alphas(files, prefer=bool(read.get("use_rslora")))
     rank = Counter(rank for rank, _ in alphas.values()).most_common(1)[0][0]
     alpha = Counter(alpha for _, alpha in alphas.values()).most_common(1)[0][0]
     if any(files.turned) and not all(files.turned):
-        files.notes.append(
-            "PEFT prints a warning on fan_in_fan_out for its Conv1D modules; it corrects it itself"
-        )
+        files.notes.append("PEFT warns about fan_in_fan_out for its Conv1D modules and corrects it itself")
     only_adapted = all(module in files.modules for module in files.biases)
     bias = "none" if not files.biases else "lora_only" if only_adapted else "all"
     return {
@@ -283,7 +287,7 @@ def _config(adapter: Adapter, files: _Files, base_name: str | None) -> dict[str,
         "lora_alpha": alpha,
         "rank_pattern": {_anchored(n): r for n, (r, _) in alphas.items() if r != rank},
         "alpha_pattern": {_anchored(n): a for n, (_, a) in alphas.items() if a != alpha},
-        "use_rslora": False,
+        "use_rslora": rslora,
         "lora_dropout": 0.0 if files.parameters else read.get("lora_dropout") or 0.0,
         "fan_in_fan_out": bool(files.turned) and all(files.turned),
         "bias": bias,
@@ -300,10 +304,27 @@ def _anchored(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def _alpha(rank: int, scale: float) -> int | float:
-    """The alpha for which PEFT's ``alpha / rank`` is the scale to the last bit."""
-    alpha = scale * rank
-    for candidate in (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):
-        if candidate / rank == scale:
-            return int(candidate) if candidate.is_integer() else candidate
-    return alpha
+def _alphas(files: _Files, prefer: bool) -> tuple[bool, dict[str, tuple[int, int | float]]]:
+    """use_rslora, and each module's rank and alpha: the way in which PEFT finds every scale to the last bit."""
+    ways = {
+        rslora: {
+            name: (rank, _alpha(math.sqrt(rank) if rslora else rank, scale))
+            for name, (rank, scale) in files.settings.items()
+        }
+        for rslora in (prefer, not prefer)
+    }
+    for rslora, found in ways.items():
+        divided = {
+            name: alpha / (math.sqrt(rank) if rslora else rank) for name, (rank, alpha) in found.items()
+        }
+        if all(divided[name] == scale for name, (_, scale) in files.settings.items()):
+            return rslora, found
+    files.notes.append("alpha / rank differs from some scales in the 16th digit")
+    return prefer, ways[prefer]
+
+
+def _alpha(divisor: float, scale: float) -> int | float:
+    """The alpha for which ``alpha / divisor`` is the scale, exactly where there is one; whole if it can be."""
+    alpha = scale * divisor
+    near = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((candidate for candidate in near if candidate > 0 and candidate / divisor == scale), alpha)
