@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, cast
@@ -172,14 +172,15 @@ def select(
             problems.add(inventory.complaint(pattern))
         for name in names:
             chosen.setdefault(name, options.get(pattern) or {})
-    dropped: list[str] = []
+    barred: dict[str, None] = {}
     for pattern in as_patterns(exclude):
         names = _excluded(inventory, pattern)
         if not names:
             problems.add("exclude: " + inventory.complaint(pattern))
-        dropped += [n for n in names if n in chosen and n not in dropped]
-    kept = {n: o for n, o in chosen.items() if n not in dropped}
-    found = _once(inventory, kept, dropped, problems)
+        barred |= dict.fromkeys(names)
+    kept = {n: o for n, o in chosen.items() if n not in barred}
+    dropped = [n for n in chosen if n in barred]
+    found = _once(inventory, kept, barred, problems)
     if chosen and not kept:
         problems.add(f"exclude leaves none of the {len(chosen)} targets")
     problems.raise_if_any()
@@ -198,7 +199,7 @@ def _excluded(inventory: Inventory, pattern: Pattern) -> list[str]:
 
 
 def _once(
-    inventory: Inventory, kept: Mapping[str, Mapping[str, Any]], dropped: Sequence[str], problems: Problems
+    inventory: Inventory, kept: Mapping[str, Mapping[str, Any]], excluded: Container[str], problems: Problems
 ) -> list[Target]:
     """One target for each weight, however many modules hold it."""
     found: dict[int, Target] = {}
@@ -212,7 +213,7 @@ def _once(
             problems.add(f"{name} is stored as {weight.dtype} (quantised); dequantise it first")
         elif id(weight) not in found:
             holders = inventory.holders[id(weight)]
-            barred = [h.name for h in holders if h.name in dropped]
+            barred = [h.name for h in holders if h.name in excluded]
             if barred:
                 problems.add(f"{name} and {barred[0]}, which is excluded, are one tied weight; untie them")
             found[id(weight)] = Target(tuple(holders), overrides)
