@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from .pairs import (
     HIDDEN,
@@ -191,6 +192,14 @@ def _loralib(pair: Pair) -> None:
     torch.save(kept, pair.adapter)
 
 
+def _fused_before(pair: Pair) -> None:
+    from graft.fuse_files import fuse
+
+    once = pair.root / "once"
+    fuse(pair.base, pair.adapter, once)
+    pair.base = once
+
+
 def _in_dtype(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         tensors[Q0] = torch.zeros(HIDDEN, HIDDEN).to(dtype)
@@ -222,7 +231,6 @@ def _base_shard(pair: Pair) -> Path:
 BASE = [
     Case("base missing", lambda p: setattr(p, "base", p.root / "nowhere"), r"nowhere"),
     Case("base is an empty folder", lambda p: setattr(p, "base", _made(p.root / "empty")), r"empty"),
-    Case("config.json missing", lambda p: (p.base / "config.json").unlink(), r"config\.json"),
     Case("config.json not JSON", _only("config.json", "{oops"), r"config\.json"),
     Case("config.json a list", _only("config.json", "[1]"), r"config\.json"),
     Case("index not JSON", _only("model.safetensors.index.json", "{"), r"index\.json"),
@@ -369,6 +377,7 @@ ADAPTER = [
         "a text file as adapter", lambda p: setattr(p, "adapter", _file(p.root / "a.bin", "hello")), r"a\.bin"
     ),
     Case("loralib without --alpha", _loralib, r"--alpha"),
+    Case("fused before", _fused_before, r"already|before"),
     Case("infinite in fp16", _overflow, r"(?i)overflow|infinit|finite"),
 ]
 
@@ -412,10 +421,15 @@ CASES = [*BASE, *ADAPTER, *CALL]
 #: damage that must not be refused, and what must be said of it
 REPAIRED = [
     Case("control", lambda p: None, r""),
+    Case("config.json missing", lambda p: (p.base / "config.json").unlink(), r"no config\.json"),
     Case("_forward_module. prefix", rename(lambda n: f"_forward_module.{n}"), r"_forward_module"),
     Case("no base_model.model. prefix", rename(lambda n: n.removeprefix(PREFIX)), r""),
     Case("names with the adapter's name", rename(lambda n: n.replace(".weight", ".default.weight")), r""),
     Case("shards that are links into a cache", lambda p: _into_cache(p), r""),
+    Case("a base of one .safetensors", lambda p: _one_file(p, save_file, "model.safetensors"), r""),
+    Case("a base of one .bin", lambda p: _one_file(p, torch.save, "pytorch_model.bin"), r""),
+    Case("an adapter as .bin", lambda p: _as_bin(p), r""),
+    Case("--scale below zero", args("--scale=-0.5"), r""),
     Case("a tensor larger than --max-shard-size", args("--max-shard-size", "1kB"), r""),
 ]
 
@@ -426,6 +440,17 @@ def _into_cache(pair: Pair) -> None:
     for n, file in enumerate(sorted(pair.base.iterdir())):
         file.rename(blobs / str(n))
         file.symlink_to(Path("..") / "blobs" / str(n))
+
+
+def _one_file(pair: Pair, save: Callable[[dict[str, torch.Tensor], Path], object], name: str) -> None:
+    for file in (*pair.shards, pair.index):
+        file.unlink()
+    save(llama(), pair.base / name)
+
+
+def _as_bin(pair: Pair) -> None:
+    pair.weights.unlink()
+    torch.save(lora(), pair.adapter / "adapter_model.bin")
 
 
 assert len({c.name for c in CASES}) == len(CASES)

@@ -107,3 +107,30 @@ def test_a_rerun_removes_what_a_killed_run_left(tmp_path: Path) -> None:
             raise RuntimeError
         _fill(mine)
     assert _left(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("older", [True, False])
+def test_last_file_appears_with_the_directory(
+    tmp_path: Path, links: bool, older: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(NotImplementedError))
+    out, seen = tmp_path / "out", list[bool]()
+    if older:
+        out.mkdir()
+        _fill(out, "old")
+    publish = atomic._publish
+
+    def watched(staging: Path, final: Path, *, force: bool) -> None:
+        seen.append((staging / "config.json").exists())
+        publish(staging, final, force=force)
+        seen.append((final / "config.json").read_text() == "new")
+
+    monkeypatch.setattr(atomic, "_publish", watched)
+    with atomic_directory(out, force=older) as staging:
+        atomic.last(staging, "config.json").write_text("new")
+        assert not (staging / "config.json").exists()
+    assert seen == [not links, True]
+    assert _left(out) == ["config.json"] and not (out / "config.json").is_symlink()
+    assert _left(tmp_path) == ["out"]

@@ -21,6 +21,7 @@ from .errors import OutputError
 
 #: files that make a directory recognisable as a model or an adapter, so that --force may replace it
 _MARKS = ("graft.json", "config.json", "adapter_config.json", "adapter_model.safetensors")
+_LAST = ".graft-last."
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -29,8 +30,8 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 def atomic_directory(out: Path, *, force: bool = False) -> Generator[Path, None, None]:
     """Yield a fresh directory that becomes ``out`` when the block ends well, and vanishes when not.
 
-    Write ``config.json`` (or ``adapter_config.json``) **last** in the block: until then nothing in the
-    hidden directory loads as a model, at whatever moment the process dies.
+    Write ``config.json`` to ``last(staging, "config.json")``: then the hidden directory never loads as a
+    model, at whatever moment the process dies, and ``out`` does from the moment it is there.
 
     Args:
         out: the directory to make; its parent is created if missing.
@@ -41,21 +42,34 @@ def atomic_directory(out: Path, *, force: bool = False) -> Generator[Path, None,
     """
     out = out.absolute()
     check_out(out, force=force)
-    with output_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(out)
-        staging = out.parent / f".{out.name[:100]}.graft-{os.getpid()}-{secrets.token_hex(4)}"
-        staging.mkdir()
-        lock = _lock(staging)
+    staging = out.parent / f".{out.name[:100]}.graft-{os.getpid()}-{secrets.token_hex(4)}"
+    lock: int | None = None
     try:
         with output_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(out)
+            staging.mkdir()
+            lock = _lock(staging)
             yield staging
+            linked = _link_last(staging, out)
             _sync_tree(staging)
             _publish(staging, out, force=force)
+            for hidden, name in linked.items():
+                (out / hidden).replace(out / name)
+            sync(out)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
         if lock is not None:
             os.close(lock)
+
+
+def last(staging: Path, name: str) -> Path:
+    """Where to write the file ``name`` so that it gets its name together with the whole directory.
+
+    Until then it is a hidden file, and ``name`` a link through the directory's final place: nothing can
+    follow it before the rename, everything can after it, and no moment lies between.
+    """
+    return staging / f"{_LAST}{staging.name[-8:]}.{name}"
 
 
 def check_out(out: Path, *, force: bool = False) -> None:
@@ -124,7 +138,7 @@ def _remove_stale(out: Path) -> None:
             gone = not _alive(pid) or time.time() - folder.stat().st_mtime > 60
             lock = _lock(folder) if gone else None
             if lock is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
                 os.close(lock)
 
 
@@ -142,6 +156,31 @@ def _alive(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _link_last(staging: Path, out: Path) -> dict[str, str]:
+    """What :func:`last` made: hidden name → name, each now a link that works at ``out`` only.
+
+    Where there are no links the file gets its name at once.
+    """
+    linked: dict[str, str] = {}
+    start = last(staging, "").name
+    for path in sorted(staging.glob(f"{start}*")):
+        name = path.name.removeprefix(start)
+        try:
+            (staging / name).symlink_to(Path("..") / out.name / path.name)
+            linked[path.name] = name
+        except (OSError, NotImplementedError):
+            path.replace(staging / name)
+    return linked
+
+
+def _remove(folder: Path) -> None:
+    """Remove a directory, first what makes it load as a model: the removal too can be killed."""
+    for name in _MARKS:
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -180,7 +219,7 @@ def _publish(staging: Path, out: Path, *, force: bool) -> None:
         except BaseException:
             old.rename(out)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     sync(out.parent)
 
 

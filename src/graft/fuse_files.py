@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, kernel
+from .atomic import last
 from .checkpoint import Checkpoint
 from .errors import GraftError, OutputError
 from .files import card, inputs
@@ -229,7 +230,7 @@ class _Work:
         (staging / "README.md").write_text(texts.card, encoding="utf-8")
         self._record(staging, texts, threads)
         if texts.config is not None:
-            (staging / "config.json").write_bytes(texts.config)
+            last(staging, "config.json").write_bytes(texts.config)
 
     def _record(self, staging: Path, texts: _Texts, threads: int | None) -> None:
         """graft.json with the hashes of every input and output file."""

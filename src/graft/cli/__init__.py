@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-EXIT_OK, EXIT_DIFFERS, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_DIFFERS, EXIT_USER = 1, 2
 
 
 def main() -> None:

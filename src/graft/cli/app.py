@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -13,7 +14,7 @@ import click
 
 from .. import __version__
 from ..errors import GraftError, VerifyError
-from . import EXIT_DIFFERS, EXIT_INTERRUPTED, EXIT_USER
+from . import EXIT_DIFFERS, EXIT_USER
 from .fuse import fuse
 from .inspect import inspect
 from .verify import verify
@@ -43,30 +44,38 @@ class Differs(Failure):
     exit_code = EXIT_DIFFERS
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: unwound like Ctrl-C, so that half-written output is removed."""
+class Stopped(BaseException):
+    """SIGINT, SIGTERM or SIGHUP: unwinds everything, so that half-written output is removed."""
 
-    exit_code = EXIT_INTERRUPTED + 13
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
 
 
 class GraftGroup(click.Group):
     """A group whose verbs end in an exit code and one message, never in a traceback of the user's fault."""
 
-    def invoke(self, ctx: click.Context) -> Any:
-        with _terminable():
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with _stoppable():
             try:
-                return super().invoke(ctx)
-            except KeyboardInterrupt as stop:
+                return super().main(*args, **kwargs)
+            except Stopped as stop:
                 click.echo("interrupted: nothing was written", err=True)
-                ctx.exit(getattr(stop, "exit_code", EXIT_INTERRUPTED))
-            except VerifyError as e:
-                raise Differs(str(e)) from e
-            except GraftError as e:
-                raise Failure(str(e)) from e
-            except OSError as e:
-                if e.errno == errno.EPIPE:
-                    raise
-                raise Failure(_describe(e)) from e
+                sys.exit(stop.exit_code)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Stopped(signal.SIGINT) from stop
+        except VerifyError as e:
+            raise Differs(str(e)) from e
+        except GraftError as e:
+            raise Failure(str(e)) from e
+        except OSError as e:
+            if e.errno == errno.EPIPE:
+                raise
+            raise Failure(_describe(e)) from e
 
 
 def _describe(e: OSError) -> str:
@@ -76,15 +85,19 @@ def _describe(e: OSError) -> str:
 
 
 @contextmanager
-def _terminable() -> Any:
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Terminated
+def _stoppable() -> Generator[None, None, None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
 
     old: dict[int, Any] = {}
     try:
-        for name in ("SIGTERM", "SIGHUP"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            # a signal that was set to be ignored (nohup) stays ignored
+            if number is not None and signal.getsignal(number) in (
+                signal.SIG_DFL,
+                signal.default_int_handler,
+            ):
                 old[number] = signal.signal(number, stop)
     except ValueError:  # not in the main thread: whoever runs us there handles signals
         pass

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import dtype, finite, size
-from .output import print_json, progress_bar
+from .output import next_step, number, percent, print_facts, print_json, progress_bar
+from .output import size as size_text
+
+if TYPE_CHECKING:
+    from ..files.loss import Loss
+    from ..fuse_files import FuseReport
 
 
 @click.command()
@@ -54,6 +62,11 @@ from .output import print_json, progress_bar
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads that compute.  [default: all cores]"
 )
+@click.option(
+    "--again",
+    is_flag=True,
+    help="Fuse an adapter that BASE holds already by its own graft.json: ΔW is added once more.",
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists and is a model; it stays until then.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress bar.")
@@ -67,6 +80,46 @@ def fuse(base: str, adapter: Path, out: Path, as_json: bool, **options: Any) -> 
     from ..fuse_files import fuse as fuse_files
 
     with progress_bar("fusing", quiet=as_json) as progress:
-        report = fuse_files(base, adapter, out, progress=progress, **options).to_dict()
+        report = fuse_files(base, adapter, out, progress=progress, **options)
     if as_json:
-        print_json(report)
+        print_json(report.to_dict())
+    else:
+        _show(report)
+        if not report.dry_run:
+            next_step(_verify_command(base, adapter, out, options))
+
+
+def _show(report: FuseReport) -> None:
+    """What changed, how fast it went, what rounding took."""
+    seconds, written = max(report.seconds, 1e-9), report.bytes_written
+    pace = "" if report.dry_run else f" in {seconds:.1f} s, {size_text(written / seconds)}/s"
+    files = f"{len(report.files)} file{'s' * (len(report.files) != 1)}"
+    kinds = Counter(report.changed.values())
+    facts = [
+        ("base", report.base),
+        ("adapter", f"{report.adapter} ({report.format})"),
+        ("changed", f"{len(report.changed)} of {report.tensors} tensors"),
+        ("", ", ".join(f"{n} {how}" for how, n in kinds.most_common()) if len(kinds) > 1 else ""),
+        ("copied", f"{report.copied} bit for bit"),
+        ("size", f"{size_text(written)} in {files}" if report.dry_run else ""),
+        ("wrote", "" if report.dry_run else f"{size_text(written)} in {files}{pace}"),
+        ("dtype", report.dtype or ""),
+        ("scale", "" if report.scale == 1.0 else number(report.scale)),
+        *_loss(report.loss),
+    ]
+    notes = report.notes if report.kernel == "c" else [*report.notes, f"kernel: {report.kernel}"]
+    print_facts(f"{'would write' if report.dry_run else 'fused'} {report.out}", facts, notes)
+
+
+def _loss(loss: Loss | None) -> list[tuple[str, str]]:
+    if loss is None:
+        return []
+    lost = f"takes {percent(loss.measured)} of the update (predicted {percent(loss.predicted)})"
+    return [("‖ΔW‖/‖W‖", number(loss.ratio)), ("rounding", lost)]
+
+
+def _verify_command(base: str, adapter: Path, out: Path, options: Mapping[str, Any]) -> str:
+    words = ["graft", "verify", str(out), "--base", base, "--adapter", str(adapter)]
+    if options["adapter_config"] is not None:
+        words += ["--adapter-config", str(options["adapter_config"])]
+    return shlex.join(words)
