@@ -10,6 +10,7 @@ from typing import cast
 import torch
 
 from .errors import FormatError, Problems
+from .mapped import load_file
 from .pickled import load_tensors
 from .safetensors_header import Entry, Header, read_header
 
@@ -59,8 +60,6 @@ class Checkpoint:
         if self.pickled:
             return self._loaded[entry.file][name]
         if entry.file not in self._loaded:
-            from .tensors import load_file
-
             self._loaded[entry.file] = load_file(entry.file)
         return self._loaded[entry.file][name]
 

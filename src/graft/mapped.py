@@ -1,0 +1,62 @@
+"""Reading one weight file: mapped where the file allows, so that nothing is in memory until it is used."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from .errors import FormatError
+from .pickled import load_tensors
+from .safetensors_header import Entry, read_header
+
+
+def load_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one weight file, mapped (file-backed; do not write to them).
+
+    Raises:
+        FormatError: a missing, empty, truncated or damaged file, a Git LFS pointer, a pickle that is not
+            a plain dict of tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FormatError(f"{path} is a directory; name a weight file")
+    if not _is_safetensors(path):
+        return load_tensors(path)
+    header = read_header(path)
+    storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    data = torch.empty(0, dtype=torch.uint8).set_(storage)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return {entry.name: _mapped(data, entry) for entry in header.entries}
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The ``__metadata__`` strings of a safetensors file; ``{}`` for other files.
+
+    Raises:
+        FormatError: the file is damaged.
+    """
+    path = Path(path)
+    return dict(read_header(path).metadata) if _is_safetensors(path) else {}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By name where it says so, else by content: the header's brace follows its length."""
+    if path.suffix == ".safetensors":
+        return True
+    try:
+        with path.open("rb") as f:
+            return f.read(9)[8:] == b"{"
+    except OSError:
+        return False
+
+
+def _mapped(data: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """The entry as a view of the mapped file; a copy only where its data lie unaligned."""
+    part = data[entry.offset : entry.offset + entry.nbytes]
+    if entry.offset % entry.dtype.itemsize:
+        part = part.clone()
+    shape = entry.shape
+    if part.numel() != math.prod(shape) * entry.dtype.itemsize:
+        shape = (*shape[:-1], shape[-1] // 2)  # F4: torch counts pairs
+    return part.view(entry.dtype).view(shape) if part.numel() else torch.empty(shape, dtype=entry.dtype)

@@ -1,0 +1,30 @@
+"""Every example runs, offline and without a warning, and says what it proved."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SAYS = {
+    "adapt_train_save.py": "computes the same: True",
+    "fuse_files.py": "bit for bit: True",
+    "loralib_to_huggingface.py": "largest difference from loralib's own merge",
+    "unfuse_exact.py": "every bit is back: True",
+}
+
+
+def test_every_example_is_run_here() -> None:
+    assert {p.name for p in EXAMPLES.glob("*.py")} == SAYS.keys()
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_example(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert SAYS[name] in capsys.readouterr().out
+    assert not any(tmp_path.iterdir()), "an example leaves nothing behind where it was started"
