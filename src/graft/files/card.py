@@ -75,7 +75,7 @@ def changed_config(
     """
     path = base.folder / "config.json"
     if not path.exists():
-        return None, []
+        return None, ["the base has no config.json, so the output has none either"]
     config, notes = read_json(path), list[str]()
     before = json.dumps(config)
     nested = cast("dict[str, object]", config.get("text_config") or {})

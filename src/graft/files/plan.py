@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -250,5 +251,10 @@ def _refuse_quantised(base: Checkpoint, adapter: Adapter, wanted: Wanted) -> Non
         if dtype not in WEIGHT_DTYPES and name not in adapter.replace:
             problems.add(f"{name} is stored as {_short(dtype)}")
     problems.raise_if_any("Dequantise the base first (to bfloat16, say), then fuse into that.")
-    if wanted.dtype is not None and base.config.get("quantization_config"):
-        raise StateError("the base is quantised, so --dtype cannot be applied; dequantise it first")
+    told = base.config.get("quantization_config")
+    method = cast("dict[str, object]", told).get("quant_method", "") if isinstance(told, dict) else ""
+    if told and (wanted.dtype is not None or method == "bitsandbytes"):
+        raise StateError(
+            f"the base's config.json says that it is quantised ({method or 'no method given'}), so its "
+            "numbers are not the weights. Fuse into the unquantised base instead, or dequantise it first"
+        )

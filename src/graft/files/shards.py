@@ -136,7 +136,7 @@ def refuse_overflow(shards: list[Shard]) -> None:
         listed = ", ".join(f"{name} ({n} elements)" for name, (n, _) in list(found.items())[:5])
         dtype = str(next(iter(found.values()))[1]).removeprefix("torch.")
         mend = "use --dtype bfloat16" if dtype == "float16" else "use --dtype float32, or check the adapter"
-        raise StateError(f"W + ΔW is too large for {dtype} in {listed}; {mend}")
+        raise StateError(f"W + ΔW overflows {dtype} and becomes infinite in {listed}; {mend}")
 
 
 _own = local()

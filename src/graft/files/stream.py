@@ -45,9 +45,9 @@ def stream(
     total = sum(s.size for s in shards)
     state = _State(_jobs(shards, chunk), total)
     team = [Thread(target=state.work, args=(sink, chunk), daemon=True) for _ in range(workers(threads))]
-    for one in team:
-        one.start()
     try:
+        for one in team:
+            one.start()
         for one in team:
             while one.is_alive():
                 one.join(0.05)
@@ -57,7 +57,8 @@ def stream(
         # An interrupt must not leave threads that write into a directory which is being removed.
         state.stop.set()
         for one in team:
-            one.join()
+            if one.ident is not None:
+                one.join()
     if state.error is not None:
         raise state.error
     if progress is not None:
