@@ -58,7 +58,8 @@ class Adapter:
     """An adapter, free of any file format and of any model.
 
     Every key is the full dotted name of a stored parameter of the base, e.g.
-    ``model.layers.0.self_attn.q_proj.weight``.
+    ``model.layers.0.self_attn.q_proj.weight``. A parameter may be both replaced and updated (PEFT saves
+    adapted embeddings whole): full tensors take their place first, then rows, then ΔW and shifts are added.
 
     Args:
         sites: low-rank updates.

@@ -6,10 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from .adapter import Adapter, LowRank
-from .bind_layouts import EMBEDDINGS, HEADS, Misfit, Transposed, Witness, fit
+from .bind_checks import (
+    check_replaced,
+    check_rows,
+    check_shift,
+    check_vocabulary,
+    is_absent_head,
+    without_tied,
+)
+from .bind_layouts import Misfit, Transposed, Witness, fit
 from .bind_names import Repair, layer_numbers, nearest, renamed, repairs
 from .errors import BaseMismatchError, Problems
 
@@ -40,13 +46,10 @@ def bind(
     """
     base = {name: tuple(int(n) for n in shape) for name, shape in shapes.items()}
     binder = _Binder(base, config or {}, Witness(config, transposed))
-    adapter = binder.without_tied(adapter)
+    adapter = without_tied(adapter, base)
     needs = _needs(adapter)
-    if all(any(name in base for name in names) for names in needs.values()):
-        found = renamed(needs, base, Repair((), ()))
-        assert found is not None
-        return binder.apply(adapter, found)
-    return binder.repaired(adapter, needs)
+    exact = {key: [name for name in names if name in base] for key, names in needs.items()}
+    return binder.apply(adapter, exact) if all(exact.values()) else binder.repaired(adapter, needs)
 
 
 def _needs(adapter: Adapter) -> dict[str, list[str]]:
@@ -106,21 +109,16 @@ class _Binder:
         problems = Problems(BaseMismatchError, "the adapter does not fit this base:")
         full = {found[key][0]: tensor for key, tensor in adapter.replace.items()}
         for name, tensor in full.items():
-            self._check_replaced(name, tensor, problems)
-        self._check_vocabulary(full, problems)
+            check_replaced(name, tensor, self.base, problems)
+        check_vocabulary(full, self.base, problems)
         shapes = {**self.base, **{name: tuple(tensor.shape) for name, tensor in full.items()}}
         sites = self._sites(adapter, found, shapes, problems)
         shift = {found[key][0]: value for key, value in adapter.shift.items()}
         for name, (tensor, _) in shift.items():
-            if name in shapes and tuple(tensor.shape) != shapes[name]:
-                problems.add(f"{name}: the base has {list(shapes[name])}, the adapter {list(tensor.shape)}")
+            check_shift(name, tensor, shapes, problems)
         rows = {found[key][0]: value for key, value in adapter.rows.items()}
         for name, (indices, tensor) in rows.items():
-            self._check_rows(name, indices, tensor, shapes, problems)
-            if name in sites:
-                problems.add(
-                    f"{name}: trained rows and a low-rank update of one embedding cannot be combined"
-                )
+            check_rows(name, indices, tensor, shapes, sites, problems)
         problems.raise_if_any(_MEND)
         notes = (*adapter.notes, *self._base_note(adapter))
         return replace(adapter, sites=sites, replace=full, shift=shift, rows=rows, notes=notes)
@@ -132,82 +130,38 @@ class _Binder:
         shapes: Mapping[str, tuple[int, ...]],
         problems: Problems,
     ) -> dict[str, LowRank]:
-        fits: dict[str, dict[str, LowRank]] = {}
-        for key, site in adapter.sites.items():
-            fits[key], reasons = {}, list[str]()
-            for name in found[key]:
-                try:
-                    fits[key][name] = fit(_with_scale(site, name), name, shapes[name], self.witness)
-                except Misfit as error:
-                    reasons.append(f"{name}: {error}")
-            if not fits[key]:
-                problems.add("; or ".join(reasons))
+        """Every site on its parameter; wrappers that only name their module come last, module by module."""
         sites: dict[str, LowRank] = {}
-        while waiting := {key: options for key, options in fits.items() if options}:
-            key = min(waiting, key=lambda key: len(waiting[key]))
-            name = _choose(key, list(waiting[key]), problems)
-            sites[name] = fits.pop(key)[name]
-            for other, options in fits.items():
-                if options.pop(name, None) is not None and not options:
-                    problems.add(f"{name} is adapted by both {key} and {other}")
+        owners: dict[str, str] = {}
+        pending: dict[str, dict[str, dict[str, LowRank]]] = {}
+        for key, site in adapter.sites.items():
+            fits = self._fits(site, found[key], shapes, problems)
+            if len(found[key]) > 1 and len(site.among) > 1:
+                pending.setdefault(key.rpartition(".")[0], {})[key] = fits
+            else:
+                _assign(sites, owners, key, fits, problems)
+        for waiting in pending.values():
+            while waiting:
+                key = min(waiting, key=lambda key: len(waiting[key]))
+                name = _assign(sites, owners, key, waiting.pop(key), problems)
+                for other, options in waiting.items():
+                    if options.pop(name, None) is not None and not options:
+                        problems.add(f"{name} is adapted by both {key} and {other}")
         return {name: sites[name] for name in shapes if name in sites}
 
-    def _check_replaced(self, name: str, tensor: torch.Tensor, problems: Problems) -> None:
-        have, got = self.base[name], tuple(tensor.shape)
-        if got == have:
-            return
-        if got[1:] == have[1:] and len(got) > 0 and got[0] > have[0] and self._is_vocabulary(name):
-            return
-        problems.add(
-            f"{name}: full tensor of another shape\n      base has {list(have)}\n      adapter  {list(got)}"
-        )
-
-    def _is_vocabulary(self, name: str) -> bool:
-        module = name.split(".")[-2:-1]
-        return bool(module) and (module[0] in EMBEDDINGS or module[0] in HEADS)
-
-    def _check_vocabulary(self, full: Mapping[str, torch.Tensor], problems: Problems) -> None:
-        """A vocabulary grows as a whole: every embedding and head of the old size must be there."""
-        grown = {n: t.shape[0] for n, t in full.items() if tuple(t.shape) != self.base[n]}
-        for name, rows in grown.items():
-            if not self._is_vocabulary(name):
-                continue
-            old = self.base[name][0]
-            for other, shape in self.base.items():
-                behind = self._is_vocabulary(other) and shape[:1] == (old,) and grown.get(other) != rows
-                if behind and other.rpartition(".")[2] in ("weight", "bias"):
-                    problems.add(f"{name} grows from {old} to {rows} rows, but {other} keeps {old}")
-
-    def _check_rows(
-        self,
-        name: str,
-        indices: Sequence[int],
-        tensor: torch.Tensor,
-        shapes: Mapping[str, tuple[int, ...]],
-        problems: Problems,
-    ) -> None:
-        shape = shapes[name]
-        if tuple(tensor.shape) != (len(indices), *shape[1:]):
-            problems.add(
-                f"{name}: {len(indices)} trained rows of shape {list(tensor.shape)} for {list(shape)}"
-            )
-        bad = [index for index in indices if not 0 <= index < shape[0]]
-        if bad:
-            problems.add(f"{name}: trained token {bad[0]} is outside the vocabulary of {shape[0]}")
-
-    def without_tied(self, adapter: Adapter) -> Adapter:
-        """Drop a head's tensors that repeat, number for number, those of the embedding it is tied to."""
-        sites, full, notes = dict(adapter.sites), dict(adapter.replace), list(adapter.notes)
-        for key in [k for k in (*adapter.sites, *adapter.replace) if self._is_absent_head(k)]:
-            if _twin_of_embedding(key, adapter):
-                sites.pop(key, None)
-                full.pop(key, None)
-                notes.append(f"{key} repeats the embedding it is tied to and is applied once")
-        return replace(adapter, sites=sites, replace=full, notes=tuple(dict.fromkeys(notes)))
-
-    def _is_absent_head(self, key: str) -> bool:
-        tail = tuple(key.split(".")[-2:])
-        return tail[0] in HEADS and not any(tuple(name.split(".")[-2:]) == tail for name in self.base)
+    def _fits(
+        self, site: LowRank, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], problems: Problems
+    ) -> dict[str, LowRank]:
+        fits: dict[str, LowRank] = {}
+        reasons: list[str] = []
+        for name in names:
+            try:
+                fits[name] = fit(_with_scale(site, name), name, shapes[name], self.witness)
+            except Misfit as error:
+                reasons.append(f"{name}: {error}")
+        if not fits:
+            problems.add("; or ".join(reasons))
+        return fits
 
     def _missing(self, needs: Mapping[str, Sequence[str]]) -> BaseMismatchError:
         names = list(self.base)
@@ -230,7 +184,7 @@ class _Binder:
         module, _, leaf = name.rpartition(".")
         if leaf.endswith("bias") and f"{module}.weight" in self.base:
             return " (the base's module has no bias to add lora_bias to)"
-        if self._is_absent_head(name) and self.config.get("tie_word_embeddings", True):
+        if is_absent_head(name, self.base) and self.config.get("tie_word_embeddings", True):
             return (
                 " (tied to the embedding here, so fusing it would change both; save the base with "
                 "tie_word_embeddings=False and a head of its own first)"
@@ -251,6 +205,23 @@ class _Binder:
 
 def _any_in(names: Sequence[str], base: Mapping[str, object]) -> bool:
     return any(name in base for name in names)
+
+
+def _assign(
+    sites: dict[str, LowRank],
+    owners: dict[str, str],
+    key: str,
+    fits: Mapping[str, LowRank],
+    problems: Problems,
+) -> str:
+    """Put the site on its parameter; the parameter's name, or nothing where none is left."""
+    if not fits:
+        return ""
+    name = _choose(key, list(fits), problems)
+    if name in owners:
+        problems.add(f"{name} is adapted by both {owners[name]} and {key}")
+    sites[name], owners[name] = fits[name], key
+    return name
 
 
 def _with_scale(site: LowRank, name: str) -> LowRank:
@@ -274,24 +245,3 @@ def _choose(key: str, names: list[str], problems: Problems) -> str:
         f"{key.rpartition('.')[0]}: its update fits {' and '.join(sorted(leaves))}; which is not told"
     )
     return names[0]
-
-
-def _twin_of_embedding(key: str, adapter: Adapter) -> bool:
-    for other, tensor in adapter.replace.items():
-        if other != key and key in adapter.replace and other.split(".")[-2:-1][0] in EMBEDDINGS:
-            mine = adapter.replace[key]
-            if mine.shape == tensor.shape and torch.equal(mine, tensor):
-                return True
-    site = adapter.sites.get(key)
-    for other in adapter.sites.values():
-        if site is None or other.kind != "embedding" or other is site:
-            continue
-        same = other.A.T.shape == site.B.shape and other.B.T.shape == site.A.shape
-        if (
-            same
-            and site.scale == other.scale
-            and torch.equal(other.A.T, site.B)
-            and torch.equal(other.B.T, site.A)
-        ):
-            return True
-    return False

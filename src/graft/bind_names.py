@@ -30,6 +30,8 @@ class Repair:
 
     def __str__(self) -> str:
         before, after = ".".join(self.strip), ".".join(self.add)
+        if not before and not after:
+            return f"{' and '.join(sorted(_INTERIOR))} were taken out"
         if before and after:
             return f"the prefix {before!r} is {after!r} in the base"
         return f"the prefix {before!r} was taken off" if before else f"the prefix {after!r} was put in front"

@@ -344,3 +344,18 @@ def test_adapter_names_in_keys(suffix: str, tmp_path: Path) -> None:
         named[key] = tensor
     save_file({**named, "base_model.model.head.original_module.bias": torch.zeros(7)}, path)
     peers.assert_same(peers.bound(folder, weights), want)
+
+
+def test_convolution_of_another_kernel_is_refused(tmp_path: Path) -> None:
+    """Six inputs times kernel positions either way: only the kernel's own shape tells them apart."""
+    net = nn.ModuleDict({"c": nn.Conv2d(2, 4, (3, 1))})
+    folder = peers.save(peers.adapted(net, target_modules=["c"]), tmp_path / "a")
+    with pytest.raises(BaseMismatchError, match="shapes differ"):
+        bind(read(folder), {"c.weight": (4, 2, 1, 3), "c.bias": (4,)})
+
+
+def test_lora_bias_needs_a_bias(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"c": nn.Linear(4, 6, bias=False)})
+    folder = peers.save(peers.adapted(net, target_modules=["c"], lora_bias=True), tmp_path / "a")
+    with pytest.raises(BaseMismatchError, match="no bias"):
+        bind(read(folder), {"c.weight": (6, 4)})

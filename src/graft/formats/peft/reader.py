@@ -149,6 +149,7 @@ class _Reader:
     ) -> None:
         rank, scale = self.settings.of(".".join(owner))
         factor_a, factor_b = self.ledger.take(a.text), self.ledger.take(b.text)
+        shape = (*factor_b.shape[:1], *factor_a.shape[1:]) if factor_a.dim() > 2 else None
         kind, factor_a, factor_b = self._shaped(a, factor_a, factor_b)
         magnitude = self._magnitude(roles, b)
         self._bias(roles, name, leaf, scale)
@@ -166,7 +167,7 @@ class _Reader:
             return
         fan = self.settings.fan_in_fan_out if kind == "linear" else None
         self.sites[".".join((*name, leaf))] = LowRank(
-            factor_a, factor_b, scale, magnitude=magnitude, fan_in_fan_out=fan, kind=kind
+            factor_a, factor_b, scale, magnitude=magnitude, fan_in_fan_out=fan, kind=kind, shape=shape
         )
 
     def _shaped(self, a: Key, A: torch.Tensor, B: torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor]:

@@ -12,42 +12,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from ...adapter import Adapter, LowRank
-from ...algebra import padded
-from ...errors import FormatError, Problems
-from ...layout import Layout
+from ...adapter import Adapter
 from ...tensors import atomic_directory, save_file
-from ..blocks import all_experts, joined, turned
-from .parameters import rank_major
+from .collect import Files, collect
 
 #: the version whose dialect is written: it decides how a reader takes packed parameters
 DIALECT = "0.21.0"
-_PREFIX = "base_model.model."
-_RECURRENT = re.compile(r"weight_(ih|hh|hr)_l\d+(_reverse)?$")
-#: parameters that packed-expert modules of transformers declare, in that order
-_DECLARED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass
-class _Files:
-    """What is being collected for the two files."""
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    settings: dict[str, tuple[int, float]] = field(
-        default_factory=dict[str, tuple[int, float]]
-    )  # pattern name → rank, scale
-    modules: list[str] = field(default_factory=list[str])
-    parameters: list[str] = field(default_factory=list[str])
-    saved: list[str] = field(default_factory=list[str])
-    biases: list[str] = field(default_factory=list[str])
-    tokens: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
-    notes: list[str] = field(default_factory=list[str])
-    turned: set[bool] = field(default_factory=set[bool])
 
 
 def write(adapter: Adapter, path: Path, base_name: str | None, extra: Mapping[str, object]) -> list[str]:
@@ -57,7 +29,7 @@ def write(adapter: Adapter, path: Path, base_name: str | None, extra: Mapping[st
         FormatError: an adapter that is not bound, or a part that PEFT cannot hold.
         OutputError: ``path`` exists or cannot be written.
     """
-    files = _collect(adapter)
+    files = collect(adapter)
     config = {**_config(adapter, files, base_name), **extra}
     with atomic_directory(path) as staging:
         save_file(files.tensors, staging / "adapter_model.safetensors", {"format": "pt"})
@@ -66,212 +38,11 @@ def write(adapter: Adapter, path: Path, base_name: str | None, extra: Mapping[st
     return files.notes
 
 
-def _collect(adapter: Adapter) -> _Files:
-    problems = Problems(FormatError, "PEFT's format cannot hold this adapter:")
-    files = _Files()
-    attention = {name.rpartition(".")[0] for name in adapter.sites if name.split(".")[-1] == "in_proj_weight"}
-    packed: dict[str, list[str]] = {}
-    for name, site in adapter.sites.items():
-        module, _, leaf = name.rpartition(".")
-        reason = _unwritable(name, site)
-        if reason:
-            problems.add(f"{name}: {reason}")
-        elif module in attention or (module.endswith(".out_proj") and module[:-9] in attention):
-            continue
-        elif leaf == "weight":
-            plain = _plain(site, name, problems)
-            if plain is not None:
-                _add_module(files, module, plain)
-        else:
-            packed.setdefault(module, []).append(leaf)
-    for module in sorted(attention):
-        _add_attention(files, module, adapter, problems)
-    for module, leaves in packed.items():
-        _add_parameters(files, module, leaves, adapter, problems)
-    if not adapter.sites:
-        problems.add("it has no low-rank update, and PEFT needs one")
-    _check_uniform(adapter, problems)
-    _add_biases(files, adapter, problems)
-    _add_replaced(files, adapter)
-    _add_rows(files, adapter)
-    problems.raise_if_any()
-    return files
-
-
-def _unwritable(name: str, site: LowRank) -> str:
-    layout = site.layout
-    if layout is None or site.shape is None:
-        return "it is not bound to a base; call graft.bind.bind first"
-    if _RECURRENT.search(name):
-        return "PEFT has no LoRA for recurrent layers"
-    if layout.pattern == "(g i) o":
-        return "PEFT has no LoRA for transposed convolutions"
-    if len(site.shape) > 2 and layout.groups > 1 and layout.pattern == "(g o) i":
-        return "PEFT's LoRA of a grouped convolution is not grouped"
-    if len(site.shape) < 2:
-        return f"PEFT has no LoRA for a parameter of shape {list(site.shape)}"
-    if site.magnitude is not None and not name.endswith(".weight") and name != "weight":
-        return "PEFT has no DoRA for named parameters"
-    return ""
-
-
-def _plain(site: LowRank, name: str, problems: Problems) -> LowRank | None:
-    try:
-        return joined(site)
-    except ValueError as error:
-        problems.add(f"{name}: PEFT has no module with layout {error}")
-        return None
-
-
-def _add_module(files: _Files, module: str, site: LowRank) -> None:
-    key = f"{_PREFIX}{module}"
-    assert site.shape is not None and site.layout is not None
-    if site.kind == "embedding":
-        files.tensors[f"{key}.lora_embedding_A"], files.tensors[f"{key}.lora_embedding_B"] = site.A, site.B
-    elif len(site.shape) > 2:
-        ones = (1,) * (len(site.shape) - 2)
-        files.tensors[f"{key}.lora_A.weight"] = site.A.reshape(site.rank, *site.shape[1:])
-        files.tensors[f"{key}.lora_B.weight"] = site.B.reshape(*site.B.shape, *ones)
-    else:
-        files.tensors[f"{key}.lora_A.weight"], files.tensors[f"{key}.lora_B.weight"] = site.A, site.B
-        files.turned.add(site.layout.pattern == "i o")
-    if site.magnitude is not None:
-        ones = (1,) * (len(site.shape) - 2)
-        shape = (1, -1, *ones) if ones else (-1,)
-        files.tensors[f"{key}.lora_magnitude_vector"] = site.magnitude.reshape(shape)
-    files.settings[module] = (site.rank, site.scale)
-    files.modules.append(module)
-
-
-def _add_attention(files: _Files, module: str, adapter: Adapter, problems: Problems) -> None:
-    """MultiheadAttention: PEFT always adapts in_proj and out_proj, with one rank and one alpha."""
-    inner = _plain(adapter.sites[f"{module}.in_proj_weight"], f"{module}.in_proj_weight", problems)
-    outer = adapter.sites.get(f"{module}.out_proj.weight")
-    if inner is None:
-        return
-    key = f"{_PREFIX}{module}"
-    if outer is None:
-        width = inner.A.shape[1]
-        a, b = inner.A.new_zeros((inner.rank, width)), inner.B.new_zeros((width, inner.rank))
-    elif outer.scale != inner.scale:
-        problems.add(
-            f"{module}: in_proj has scale {inner.scale:g} and out_proj {outer.scale:g}; PEFT has one for both"
-        )
-        return
-    else:
-        outer = joined(outer)
-        rank = max(inner.rank, outer.rank)
-        inner, outer = padded(inner, rank), padded(outer, rank)
-        a, b = outer.A, outer.B
-        files.notes.append(
-            f"{module}.out_proj: PEFT 0.21 adds this update twice in its forward and merge; "
-            "the file says it once"
-        )
-    files.tensors[f"{key}.lora_A.weight"], files.tensors[f"{key}.lora_B.weight"] = inner.A, inner.B
-    files.tensors[f"{key}.base_layer.out_proj.lora_A.weight"] = a
-    files.tensors[f"{key}.base_layer.out_proj.lora_B.weight"] = b
-    files.settings[module] = (inner.rank, inner.scale)
-    files.modules.append(module)
-
-
-def _add_parameters(
-    files: _Files, module: str, leaves: list[str], adapter: Adapter, problems: Problems
-) -> None:
-    """Named parameters: one wrapper each, the one declared last outermost."""
-    if all(leaf in _DECLARED for leaf in leaves):
-        leaves = sorted(leaves, key=_DECLARED.index)
-    for depth, leaf in enumerate(reversed(leaves)):
-        name = f"{module}.{leaf}"
-        site = adapter.sites[name]
-        assert site.layout is not None and site.shape is not None
-        if site.layout.pattern in ("g o i", "g i o"):
-            site = all_experts(site)
-            experts = site.shape[0] if site.shape else 1
-        else:
-            plain, experts = _plain(site, name, problems), 1
-            if plain is None:
-                continue
-            site = turned(plain) if plain.layout == Layout("i o") else plain
-        key = _PREFIX + module + ".base_layer" * depth
-        files.tensors[f"{key}.lora_A.weight"] = site.A
-        files.tensors[f"{key}.lora_B.weight"] = rank_major(site.B, experts)
-        files.settings[name] = (site.rank, site.scale)
-        files.parameters.append(name)
-
-
-def _check_uniform(adapter: Adapter, problems: Problems) -> None:
-    """use_dora and lora_bias hold for the whole adapter."""
-    plain = [name for name, site in adapter.sites.items() if site.magnitude is None]
-    if 0 < len(plain) < len(adapter.sites):
-        problems.add(f"DoRA on some modules only; {plain[0]} has no magnitude")
-    if adapter.shift:
-        embedded = [name for name, site in adapter.sites.items() if site.kind == "embedding"]
-        if embedded:
-            problems.add(f"lora_bias together with an embedding ({embedded[0]})")
-        if len(plain) < len(adapter.sites):
-            problems.add("lora_bias together with DoRA")
-
-
-def _add_biases(files: _Files, adapter: Adapter, problems: Problems) -> None:
-    """lora_bias: a bias of lora_B for every adapted module, zero where the adapter has none."""
-    if not adapter.shift:
-        return
-    wanted = dict(adapter.shift)
-    for key, b in list(files.tensors.items()):
-        if not key.endswith(".lora_B.weight"):
-            continue
-        module = key[len(_PREFIX) : -len(".lora_B.weight")].replace(".base_layer.out_proj", ".out_proj")
-        _, scale = files.settings.get(module, (0, 0.0))
-        shift = wanted.pop(f"{module}.bias", None) or wanted.pop(f"{module}.in_proj_bias", None)
-        if shift is not None and shift[1] != scale and scale:
-            problems.add(f"{module}.bias: its scale {shift[1]:g} differs from its weight's {scale:g}")
-        bias = b.new_zeros(b.shape[0]) if shift is None else shift[0]
-        files.tensors[key.removesuffix("weight") + "bias"] = bias
-    for name in wanted:
-        problems.add(f"{name}: a change of the bias of a module that is not adapted")
-
-
-def _add_replaced(files: _Files, adapter: Adapter) -> None:
-    """Full tensors: biases and embeddings under plain names, whole modules in modules_to_save."""
-    known = adapter.config.get("modules_to_save")
-    listed = [str(m) for m in known] if isinstance(known, (list, tuple)) else []
-    leaves: dict[str, set[str]] = {}
-    for name in adapter.replace:
-        module, _, leaf = name.rpartition(".")
-        leaves.setdefault(module, set()).add(leaf)
-    for name, tensor in adapter.replace.items():
-        module, _, leaf = name.rpartition(".")
-        wrapped = module in files.modules or f"{module}.weight" in adapter.rows
-        between = ".token_adapter.base_layer" if f"{module}.weight" in adapter.rows else ".base_layer"
-        files.tensors[f"{_PREFIX}{module}{between if wrapped else ''}.{leaf}"] = tensor
-        if leaf == "bias" and (wrapped or leaves[module] == {"bias"}):
-            files.biases.append(module)
-        elif not wrapped and _is_whole(module, leaves[module], adapter, listed) and module not in files.saved:
-            files.saved.append(module)
-
-
-def _is_whole(module: str, leaves: set[str], adapter: Adapter, listed: list[str]) -> bool:
-    """Whether PEFT may list the module: it then needs every tensor of the module."""
-    if any(module == one or module.endswith(f".{one}") for one in listed):
-        return True
-    weight = adapter.replace.get(f"{module}.weight")
-    return leaves == {"weight", "bias"} and weight is not None and weight.dim() > 1
-
-
-def _add_rows(files: _Files, adapter: Adapter) -> None:
-    for name, (indices, tensor) in adapter.rows.items():
-        module = name.rpartition(".")[0]
-        files.tensors[f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"] = tensor
-        files.tokens[module] = list(indices)
-
-
-def _config(adapter: Adapter, files: _Files, base_name: str | None) -> dict[str, object]:
+def _config(adapter: Adapter, files: Files, base_name: str | None) -> dict[str, object]:
     read = adapter.config if adapter.format == "peft" else {}
     rslora, alphas = _alphas(files, prefer=bool(read.get("use_rslora")))
     rank = Counter(rank for rank, _ in alphas.values()).most_common(1)[0][0]
     alpha = Counter(alpha for _, alpha in alphas.values()).most_common(1)[0][0]
-    if any(files.turned) and not all(files.turned):
-        files.notes.append("PEFT warns about fan_in_fan_out for its Conv1D modules and corrects it itself")
     only_adapted = all(module in files.modules for module in files.biases)
     bias = "none" if not files.biases else "lora_only" if only_adapted else "all"
     return {
@@ -304,8 +75,8 @@ def _anchored(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def _alphas(files: _Files, prefer: bool) -> tuple[bool, dict[str, tuple[int, int | float]]]:
-    """use_rslora, and each module's rank and alpha: the way in which PEFT finds every scale to the last bit."""
+def _alphas(files: Files, prefer: bool) -> tuple[bool, dict[str, tuple[int, int | float]]]:
+    """use_rslora, and each module's rank and alpha, so that PEFT finds every scale to the last bit."""
     ways = {
         rslora: {
             name: (rank, _alpha(math.sqrt(rank) if rslora else rank, scale))
@@ -324,7 +95,7 @@ def _alphas(files: _Files, prefer: bool) -> tuple[bool, dict[str, tuple[int, int
 
 
 def _alpha(divisor: float, scale: float) -> int | float:
-    """The alpha for which ``alpha / divisor`` is the scale, exactly where there is one; whole if it can be."""
+    """The alpha for which ``alpha / divisor`` is the scale, if there is one; whole if it can be."""
     alpha = scale * divisor
     near = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((candidate for candidate in near if candidate > 0 and candidate / divisor == scale), alpha)
