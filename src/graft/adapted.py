@@ -99,6 +99,8 @@ class Adapted(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # a class made at run time has no name that pickle could import: name its base instead
         reduced = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
+        if type(self) is not _CLASSES.get(self.graft_plain):
+            return reduced
         if reduced[0] is getattr(copyreg, "__newobj__") and reduced[1] == (type(self),):  # noqa: B009
             return (_blank, (self.graft_plain,), *reduced[2:])
         return reduced

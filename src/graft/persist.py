@@ -81,7 +81,9 @@ def load(
     config = getattr(model, "config", None)
     to_dict = getattr(config, "to_dict", None)
     about = cast("Mapping[str, object]", to_dict()) if callable(to_dict) else None
-    bound = bind(adapter, _shapes(model), config=about, transposed=_teller(inventory))
+    bound = bind(
+        adapter, {n: t.shape for n, t in _stored(model).items()}, config=about, transposed=_teller(inventory)
+    )
     _refuse_unrunnable(bound)
     _check_full(model, bound)
     fresh = not sites(model)
@@ -93,17 +95,19 @@ def load(
     _copy_full(model, bound)
     if fresh:
         freeze(model)
-        for name in bound.replace:
-            model.get_parameter(name).requires_grad_(True)
+        for parameter in (p for n, p in model.named_parameters() if n in bound.replace):
+            parameter.requires_grad_(True)
     report = report_of(model, list(sites(model)))
     if not quiet:
         print("\n".join([str(report), *(f"  {note}" for note in bound.notes)]))
     return report
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of the base once: parameters without the factors, and buffers."""
     factor_ids = {id(p) for p in factor_parameters(model).values()}
-    return {n: tuple(p.shape) for n, p in model.named_parameters() if id(p) not in factor_ids}
+    own = {n: p for n, p in model.named_parameters() if id(p) not in factor_ids}
+    return {**own, **dict(model.named_buffers())}
 
 
 def _teller(inventory: Inventory) -> Any:
@@ -131,8 +135,9 @@ def _refuse_unrunnable(adapter: Adapter) -> None:
 
 def _check_full(model: nn.Module, adapter: Adapter) -> None:
     problems = Problems(BaseMismatchError, "the adapter's full tensors do not fit the model:")
+    stored = _stored(model)
     for name, tensor in adapter.replace.items():
-        have = model.get_parameter(name).shape
+        have = stored[name].shape
         if have != tensor.shape:
             problems.add(f"{name}: the model has {list(have)}, the adapter {list(tensor.shape)}")
     problems.raise_if_any("Resize the model first (model.resize_token_embeddings(n) for a vocabulary)")
@@ -223,8 +228,8 @@ def _copy_factors(model: nn.Module, adapter: Adapter) -> None:
 
 @torch.no_grad()
 def _copy_full(model: nn.Module, adapter: Adapter) -> None:
+    stored = _stored(model)
     for name, tensor in adapter.replace.items():
-        model.get_parameter(name).copy_(tensor)
+        stored[name].copy_(tensor)
     for name, (indices, tensor) in adapter.rows.items():
-        parameter = model.get_parameter(name)
-        parameter[list(indices)] = tensor.to(parameter.device, parameter.dtype)
+        stored[name][list(indices)] = tensor.to(stored[name].device, stored[name].dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 import threading
 from typing import Any
 
@@ -439,3 +440,18 @@ def test_a_module_used_twice_is_one_site() -> None:
     randomise(model)
     assert report.sites == ("0.weight",)
     graft.verify(model, X)
+
+
+class Own(graft.Linear):
+    """A user's subclass of a public layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1.0
+
+
+def test_a_subclass_of_a_public_layer_keeps_its_class() -> None:
+    layer = Own(4, 4, rank=2)
+    randomise(layer)
+    x = torch.randn(2, 4)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301
+        assert type(twin) is Own and torch.equal(twin(x), layer(x))
