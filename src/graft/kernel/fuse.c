@@ -106,34 +106,52 @@ SUMS(sums_double, double, vd, LANES / 2)
 
 /* Round w + sign·acc for n elements; open[j] ≠ 0 where the bound does not decide. Returns any(open).
  * 0x1p-22·|v| covers the rounding of v itself and of v ± t. */
-#define ROUND16(name, TO, FROM, TOP)                                                             \
-    static uint32_t name(const uint16_t *w, int din, const float *acc, float sign, float bound,  \
-                         int64_t n, uint16_t *out, uint16_t *open) {                             \
-        float wide[PANEL];                                                                       \
-        if (din == BF16) for (int64_t j = 0; j < n; j++) wide[j] = bf16_to_float(w[j]);          \
-        else if (din == FP16) for (int64_t j = 0; j < n; j++) wide[j] = fp16_to_float(w[j]);     \
-        else memcpy(wide, w, (size_t)n * 4);                                                     \
-        uint32_t any = 0;                                                                        \
-        for (int64_t j = 0; j < n; j++) {                                                        \
-            float v = wide[j] + sign * acc[j], t = bound + u2f(f2u(v) & 0x7fffffffu) * 0x1p-22f; \
-            uint32_t low = TO(v - t), high = TO(v + t);                                          \
-            uint32_t o = (low ^ high) | ((high & TOP) == TOP) | ((low & TOP) == TOP);            \
-            out[j] = (uint16_t)low;                                                              \
-            open[j] = (uint16_t)o;                                                               \
-            any |= o;                                                                            \
-        }                                                                                        \
-        return any;                                                                              \
+static inline uint32_t round_fp16(const float *w, const float *acc, float sign, float bound, int64_t n,
+                           uint16_t *out, uint16_t *open) {
+    uint32_t any = 0;
+    for (int64_t j = 0; j < n; j++) {
+        float v = w[j] + sign * acc[j], t = bound + u2f(f2u(v) & 0x7fffffffu) * 0x1p-22f;
+        uint32_t low = float_to_fp16(v - t), high = float_to_fp16(v + t);
+        uint32_t o = (low ^ high) | ((high & 0x7c00u) == 0x7c00u) | ((low & 0x7c00u) == 0x7c00u);
+        out[j] = (uint16_t)low;
+        open[j] = (uint16_t)o;
+        any |= o;
     }
-ROUND16(round_bf16, float_to_bf16, bf16_to_float, 0x7f80u)
-ROUND16(round_fp16, float_to_fp16, fp16_to_float, 0x7c00u)
+    return any;
+}
 
-static uint32_t round_fp32(const void *w, int din, const double *acc, double sign, double bound, int64_t n,
+/* The same for bf16, from the distance d of v to the nearest midpoint, in units of v's last place u:
+ * closed iff (d − 8)·u > bound. d is capped at 2^14, the distance to the midpoint below a power of two;
+ * 8 units cover v's own rounding. Zeros, subnormals and what nears infinity stay open. */
+static inline uint32_t round_bf16(const float *w, const float *acc, float sign, float bound, int64_t n,
+                           uint16_t *out, uint16_t *open) {
+    uint32_t any = 0;
+    for (int64_t j = 0; j < n; j++) {
+        uint32_t v = f2u(w[j] + sign * acc[j]), power = v & 0x7f800000u;
+        int32_t off = (int32_t)(v & 0xffff) - 0x8000;
+        int32_t d = off < 0 ? -off : off;
+        d = (d < 0x4000 ? d : 0x4000) - 8;
+        float reach = (float)d * (u2f(power) * 0x1p-23f);
+        uint32_t o = (uint32_t)!(reach > bound) | (uint32_t)(power >= 0x7f000000u);
+        out[j] = (uint16_t)((v + 0x7fff + ((v >> 16) & 1)) >> 16);
+        open[j] = (uint16_t)o;
+        any |= o;
+    }
+    return any;
+}
+
+static inline void widen(const void *w, int din, int64_t n, float *wide) {
+    const uint16_t *half = w;
+    if (din == BF16) for (int64_t j = 0; j < n; j++) wide[j] = bf16_to_float(half[j]);
+    else if (din == FP16) for (int64_t j = 0; j < n; j++) wide[j] = fp16_to_float(half[j]);
+    else memcpy(wide, w, (size_t)n * 4);
+}
+
+static inline uint32_t round_fp32(const float *w, const double *acc, double sign, double bound, int64_t n,
                            uint32_t *out, uint16_t *open) {
     uint32_t any = 0;
-    float wide[PANEL];
-    for (int64_t j = 0; j < n; j++) wide[j] = value_of(load_bits(w, j, din), din);
     for (int64_t j = 0; j < n; j++) {
-        double v = (double)wide[j] + sign * acc[j], t = bound + fabs(v) * 0x1p-51;
+        double v = (double)w[j] + sign * acc[j], t = bound + fabs(v) * 0x1p-51;
         uint32_t low = f2u((float)(v - t)), high = f2u((float)(v + t));
         uint32_t o = (low ^ high) | ((high & 0x7f800000u) == 0x7f800000u);
         out[j] = low;
@@ -190,7 +208,6 @@ static void row_of_panel(const operand *x, const factors *f, scratch *s, int64_t
     char *out = (char *)x->out + (row * x->ldo + col) * (x->dout == FP32 ? 4 : 2);
     uint32_t kept[PANEL];         /* settle() needs w after an in-place store */
     memcpy(kept, w, (size_t)n * (x->din == FP32 ? 4 : 2));
-    uint32_t any;
     if (bound == 0) {             /* ΔW is zero here: the weight's own bits stay, −0 too */
         for (int64_t j = 0; j < n; j++) {
             uint32_t own = load_bits(kept, j, x->din);
@@ -198,14 +215,12 @@ static void row_of_panel(const operand *x, const factors *f, scratch *s, int64_t
         }
         return;
     }
-    if (x->dout == FP32)
-        any = round_fp32(kept, x->din, acc, sign, bound, n, (uint32_t *)out, open);
-    else if (x->dout == BF16)
-        any = round_bf16((const uint16_t *)kept, x->din, acc, (float)sign, (float)(bound * 1.001), n,
-                         (uint16_t *)out, open);
-    else
-        any = round_fp16((const uint16_t *)kept, x->din, acc, (float)sign, (float)(bound * 1.001), n,
-                         (uint16_t *)out, open);
+    float wide[PANEL], reach = (float)(bound * 1.001), side = (float)sign;
+    widen(kept, x->din, n, wide);
+    uint32_t any;
+    if (x->dout == FP32) any = round_fp32(wide, acc, sign, bound, n, (uint32_t *)out, open);
+    else if (x->dout == BF16) any = round_bf16(wide, acc, side, reach, n, (uint16_t *)out, open);
+    else any = round_fp16(wide, acc, side, reach, n, (uint16_t *)out, open);
     if (!any) return;
     for (int64_t j = 0; j < n; j++) {
         if ((j & 3) == 0 && j + 4 <= n) {
