@@ -189,6 +189,9 @@ def register(plain: type[nn.Module], adapted: type[Adapted]) -> None:
 
 def adapted_class(plain: type[nn.Module]) -> type[Adapted]:
     """The one subclass ``(Adapted, plain)``; equal for every instance, so torch.compile compiles once."""
+    # the public layers must be registered first: a pickle may be the first to need this module
+    from . import layers as _  # noqa: F401
+
     if plain not in _CLASSES:
         made = type(f"LoRA{plain.__name__}", (Adapted, plain), {"__module__": plain.__module__})
         register(plain, made)

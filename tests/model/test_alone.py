@@ -38,3 +38,14 @@ def test_import_does_not_load_them() -> None:
     code = f"import graft, sys; print([n for n in {NAMES!r} if n in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_a_pickle_read_first_of_all_finds_the_public_classes() -> None:
+    code = (
+        "import copy, graft.adapted, torch; from torch import nn;"
+        "m = graft.adapted._blank(nn.Linear);"
+        "import graft; assert type(m) is graft.Linear;"
+        "assert graft.adapted.adapted_class(nn.Linear) is graft.Linear"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
