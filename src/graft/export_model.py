@@ -82,6 +82,8 @@ def _plan(model: nn.Module, dtype: torch.dtype | None) -> dict[str, _Tensor]:
             continue
         if not isinstance(value, torch.Tensor):
             raise OutputError(f"{name} of the model's state is a {type(value).__name__}, not a tensor")
+        if value.is_meta or hasattr(value, "ds_id") or hasattr(value, "device_mesh"):
+            raise StateError(f"{name} is not here in full (on the meta device, offloaded or sharded)")
         cast_it = dtype is not None and name in parameters and value.is_floating_point()
         wanted = dtype if cast_it and dtype is not None else value.dtype
         plan[name] = _Tensor(value.detach(), wanted, _maker(value, adapted.get(id(value)), wanted))

@@ -276,3 +276,13 @@ def test_loralib_file(tmp_path: Path) -> None:
     graft.load(base, tmp_path / "lora.pt", alpha=5.0, quiet=True)
     x = torch.randn(3, 6)
     assert torch.equal(base(x), model(x))
+
+
+def test_export_of_weights_that_are_not_here_leaves_nothing(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4, device="meta")
+    graft.adapt(model, "weight", quiet=True)
+    with pytest.raises(graft.StateError, match="not here in full"):
+        graft.export(model, tmp_path / "out")
+    with pytest.raises(graft.StateError, match="meta device"):
+        graft.fuse(model)
+    assert not list(tmp_path.iterdir())
