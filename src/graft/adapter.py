@@ -69,6 +69,8 @@ class Adapter:
         format: the format it was read from.
         config: the format's own configuration, as read, for round trips.
         notes: sentences for the user: what was repaired or is unusual.
+        unmatched: settings of the file that match none of its modules; if names must be repaired, they
+            might have meant one.
     """
 
     sites: Mapping[str, LowRank]
@@ -78,6 +80,7 @@ class Adapter:
     format: str = ""
     config: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
     @property
     def touched(self) -> set[str]:

@@ -91,6 +91,12 @@ class _Binder:
             working[tuple(sorted(bound.touched))] = (repair, bound)
         if len(working) == 1:
             repair, bound = next(iter(working.values()))
+            if adapter.unmatched:
+                raise BaseMismatchError(
+                    f"the adapter's names would fit if {repair}, but {', '.join(adapter.unmatched)} in its "
+                    "configuration matches no module under the names that it has, so its ranks and scales "
+                    "cannot be trusted; rename its tensors to the base's names, or remove the pattern"
+                )
             return replace(bound, notes=(*bound.notes, f"names repaired: {repair}"))
         if working:
             ways = "; ".join(str(repair) for repair, _ in working.values())

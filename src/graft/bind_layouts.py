@@ -45,7 +45,7 @@ class Witness:
         kind = self._model_type()
         if kind is None:
             return None
-        return kind in _CONV1D_TYPES and name.split(".")[-2:-1] in [[m] for m in _CONV1D_MODULES]
+        return kind in _CONV1D_TYPES and _module(name) in _CONV1D_MODULES
 
     def experts(self, name: str) -> bool | None:
         """Whether packed experts of this name are stored ``[E, in, out]``; None if nobody knows."""
@@ -65,7 +65,7 @@ def fit(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness) -> L
     Raises:
         Misfit: the factors do not fit the stored parameter, or fit it in more than one way.
     """
-    if site.layout is not None and site.kind != "loralib":
+    if site.layout is not None and (site.kind != "loralib" or site.shape is not None):
         fitted = _with(site, site.layout, shape) if _fits(site, site.layout, shape) else None
     else:
         fitted = _FITTERS[site.kind](site, name, shape, witness)
@@ -156,16 +156,23 @@ def _loralib(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness)
     return _named(_merged(site, name, shape, witness), name, witness)
 
 
+def _module(name: str) -> str:
+    parts = name.split(".")
+    return parts[-2] if len(parts) > 1 else ""
+
+
 def _is_embedding(name: str) -> bool:
-    return name.split(".")[-2:-1] in [[module] for module in EMBEDDINGS]
+    return _module(name) in EMBEDDINGS
 
 
 def _named(site: LowRank | None, name: str, witness: Witness) -> LowRank | None:
-    """``kind`` of a module that only shapes describe: ``i o`` is an Embedding unless the model has Conv1D."""
+    """``kind`` of a module that only shapes describe; ``i o`` alone may be an Embedding or a Conv1D."""
     if site is None or site.layout is None:
         return None
-    embedding = site.layout.pattern == "i o" and not witness.linear(name)
-    return replace(site, kind="embedding" if embedding else "linear")
+    if site.layout.pattern != "i o" or _module(name) in _CONV1D_MODULES:
+        return replace(site, kind="linear")
+    known = _is_embedding(name) or witness.linear(name) is False
+    return replace(site, kind="embedding") if known else site
 
 
 def _loralib_conv(site: LowRank, shape: tuple[int, ...]) -> LowRank | None:
@@ -190,7 +197,7 @@ def _merged(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness) 
             raise Misfit(
                 f"a MergedLinear with {enabled} enabled block(s) of {site.B.shape[0] // enabled} outputs, of "
                 f"a weight {list(shape)}; which blocks are enabled is not in the file: give "
-                "enable_lora, e.g. [True, False, True]"
+                "--enable-lora 1,0,1 (enable_lora=[True, False, True])"
             )
         return None
     return _oriented(site, Layout("(g o) i", enabled), name, shape, witness)

@@ -188,6 +188,7 @@ def test_sums_that_mean_nothing_are_refused() -> None:
     ("name", "layout", "shape", "said"),
     [
         ("rnn.weight_ih_l0", Layout("o i"), (8, 3), "recurrent"),
+        ("attn.k_proj_weight", Layout("o i"), (8, 3), "separate projections"),
         ("up.weight", Layout("(g i) o"), (4, 6, 3), "transposed convolutions"),
         ("conv.weight", Layout("(g o) i", 2), (4, 3, 3), "grouped convolution"),
         ("conv.weight", Layout("o i", matrix=(6, 12)), (4, 2, 3, 3), "no module with layout"),

@@ -150,3 +150,10 @@ def test_another_base_s_name_is_a_note() -> None:
     named = replace(adapter(), config={"base_model_name_or_path": "us/llama-a"})
     assert "llama-b" in bind(named, BASE, config={"_name_or_path": "them/llama-b"}).notes[-1]
     assert not bind(named, BASE, config={"_name_or_path": "/models/llama-a/"}).notes
+
+
+def test_repairs_do_not_go_with_patterns_that_match_nothing() -> None:
+    lost = replace(adapter("layers."), unmatched=("alpha_pattern['^model.layers.0']",))
+    with pytest.raises(BaseMismatchError, match="scales cannot be trusted"):
+        bind(lost, BASE)
+    assert bind(replace(adapter(), unmatched=lost.unmatched), BASE).sites

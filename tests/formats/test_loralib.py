@@ -187,3 +187,20 @@ def test_what_loralib_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"conv2\.weight") as error:
         write(adapter, tmp_path / "b.pt", format="loralib")
     assert "wide.bias" in str(error.value) and not (tmp_path / "b.pt").exists()
+
+
+def test_blocks_of_each_module(tmp_path: Path) -> None:
+    base, want = saved(Net([True, False, True]), tmp_path / "lora.pt")
+    adapter = bound(tmp_path / "lora.pt", base, enable_lora={"qkv": [True, False, True]})
+    peers.assert_like(want, adapter, base)
+    with pytest.raises(BaseMismatchError, match="enable"):
+        bound(tmp_path / "lora.pt", base, enable_lora={"v": [True, False, True]})
+
+
+def test_a_kind_that_nobody_tells_is_not_written_for_peft(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"x": loralib.Linear(4, 6, r=2, fan_in_fan_out=True)})
+    base, _ = saved(net, tmp_path / "a.pt")
+    adapter = peers.bound(tmp_path / "a.pt", base, alpha=1)
+    assert adapter == peers.bind(adapter, {n: w.shape for n, w in base.items()})
+    with pytest.raises(FormatError, match="embedding or stored"):
+        write(adapter, tmp_path / "b")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import FormatError
 from .loralib import LoralibFormat
 from .peft import PeftFormat
-from .protocol import Format, Options
+from .protocol import EnableLora, Format, Options
 from .source import Source, open_source
 
 __all__ = ["FORMATS", "Format", "Options", "Source", "read", "write"]
@@ -24,7 +24,7 @@ def read(
     format: str | None = None,
     alpha: float | None = None,
     config: Path | None = None,
-    enable_lora: Sequence[bool] | None = None,
+    enable_lora: EnableLora | None = None,
 ) -> Adapter:
     """Read an adapter file or directory, recognised by its content.
 
@@ -33,14 +33,15 @@ def read(
         format: read it as this format instead of asking each.
         alpha: LoRA's alpha, for formats that do not carry it (loralib).
         config: the adapter's json, if it does not lie beside the weights.
-        enable_lora: loralib's MergedLinear: which output blocks are adapted, e.g. ``[True, False, True]``.
+        enable_lora: loralib's MergedLinear: which output blocks are adapted, e.g. ``[True, False, True]``,
+            or such a list for each module by the end of its name.
     Returns:
         The adapter with the names and shapes of its file; :func:`graft.bind.bind` fits it to a base.
     Raises:
         FormatError: not an adapter of a known format, or one that cannot be honoured in full.
     """
     source = open_source(Path(path), config)
-    options = Options(alpha, None if enable_lora is None else tuple(enable_lora))
+    options = Options(alpha, enable_lora)
     return _choose(source, format).read(source, options)
 
 

@@ -7,7 +7,7 @@ shapes when the adapter is bound. scale = alpha / r.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -83,6 +83,14 @@ def _read(source: Source, options: Options) -> Adapter:
     return Adapter(sites, replace, format="loralib", config={"alpha": options.alpha}, notes=(note,))
 
 
+def _blocks(module: str, options: Options) -> Sequence[bool] | None:
+    """enable_lora of this module; a mapping names modules by the end of their dotted names."""
+    given = options.enable_lora
+    if not isinstance(given, Mapping):
+        return given
+    return next((on for name, on in given.items() if f".{module}".endswith(f".{name}")), None)
+
+
 def _site(ledger: Ledger, module: str, options: Options) -> LowRank | None:
     a, b = ledger.take(f"{module}.lora_A"), ledger.take(f"{module}.lora_B")
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] % b.shape[1]:
@@ -93,13 +101,13 @@ def _site(ledger: Ledger, module: str, options: Options) -> LowRank | None:
     assert options.alpha is not None
     layout = None
     groups = a.shape[0] // b.shape[1]
-    if options.enable_lora is not None:
-        enabled = tuple(i for i, on in enumerate(options.enable_lora) if on)
-        if len(enabled) == groups and len(options.enable_lora) > 1:
-            layout = Layout("(g o) i", len(options.enable_lora), enabled)
+    blocks = _blocks(module, options)
+    if blocks is not None:
+        enabled = tuple(i for i, on in enumerate(blocks) if on)
+        if len(enabled) == groups and len(blocks) > 1:
+            layout = Layout("(g o) i", len(blocks), enabled)
         elif groups > 1:
             ledger.problems.add(
-                f"{module}: lora_A holds {groups} blocks, enable_lora={list(options.enable_lora)} "
-                f"enables {len(enabled)}"
+                f"{module}: lora_A holds {groups} blocks, enable_lora={list(blocks)} enables {len(enabled)}"
             )
     return LowRank(a, b, options.alpha / b.shape[1], layout=layout, kind="loralib")

@@ -11,6 +11,8 @@ from ..adapter import Adapter
 from ..errors import FormatError
 from .source import Source
 
+EnableLora = Sequence[bool] | Mapping[str, Sequence[bool]]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -18,11 +20,12 @@ class Options:
 
     Args:
         alpha: LoRA's alpha, for formats that do not carry it.
-        enable_lora: loralib's MergedLinear: which of the equal output blocks are adapted.
+        enable_lora: loralib's MergedLinear: which of the equal output blocks are adapted; one list, or one
+            for each module by the end of its dotted name.
     """
 
     alpha: float | None = None
-    enable_lora: Sequence[bool] | None = None
+    enable_lora: EnableLora | None = None
 
     def refuse_unused(self, name: str, *, alpha: bool = False, enable_lora: bool = False) -> None:
         """Refuse what this format carries itself.

@@ -15,6 +15,7 @@ from ..blocks import all_experts, joined, turned
 from .parameters import rank_major
 
 _PREFIX = "base_model.model."
+_SEPARATE = frozenset({"q_proj_weight", "k_proj_weight", "v_proj_weight"})
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)_l\d+(_reverse)?$")
 #: parameters that packed-expert modules of transformers declare, in that order
 _DECLARED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,7 +63,7 @@ def collect(adapter: Adapter) -> Files:
             problems.add(f"{name}: {reason}")
         elif module in attention or (module.endswith(".out_proj") and module[:-9] in attention):
             continue
-        elif leaf == "weight":
+        elif leaf == "weight" and site.kind != "parameter":
             plain = _plain(site, name, problems)
             if plain is not None:
                 _add_module(files, module, plain)
@@ -88,10 +89,16 @@ def _unwritable(name: str, site: LowRank) -> str:
         return "it is not bound to a base; call graft.bind.bind first"
     if _RECURRENT.search(name):
         return "PEFT has no LoRA for recurrent layers"
+    if name.rpartition(".")[2] in _SEPARATE:
+        return "PEFT has no LoRA for MultiheadAttention with separate projections"
     if layout.pattern == "(g i) o":
         return "PEFT has no LoRA for transposed convolutions"
     if len(site.shape) > 2 and layout.groups > 1 and layout.pattern == "(g o) i":
         return "PEFT's LoRA of a grouped convolution is not grouped"
+    if site.kind == "loralib":
+        return "whether it is an embedding or stored [in, out] is not known; bind it with the base's config"
+    if site.kind == "parameter" and len(site.shape) > 2 and layout.pattern not in ("g o i", "g i o"):
+        return f"PEFT reads a parameter of shape {list(site.shape)} as packed experts"
     if len(site.shape) < 2:
         return f"PEFT has no LoRA for a parameter of shape {list(site.shape)}"
     if site.magnitude is not None and not name.endswith(".weight") and name != "weight":

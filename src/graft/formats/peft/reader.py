@@ -49,6 +49,7 @@ class _Reader:
         self.keys = [peft_keys.parse(text) for text in source.tensors]
         self.adapters = frozenset({k.adapter for k in self.keys if k.adapter} | {"default"})
         self.notes: list[str] = []
+        self.unmatched: list[str] = []
         self.sites: dict[str, LowRank] = {}
         self.replace: dict[str, torch.Tensor] = {}
         self.shift: dict[str, tuple[torch.Tensor, float]] = {}
@@ -69,6 +70,7 @@ class _Reader:
         return Adapter(
             self.sites, self.replace, self.shift, self.rows,
             format="peft", config=dict(self.source.config or {}), notes=tuple(self.notes),
+            unmatched=tuple(self.unmatched),
         )  # fmt: skip
 
     def _one_adapter(self) -> None:
@@ -260,6 +262,7 @@ class _Reader:
         ):
             missed = [p for p in patterns if all(peft_config.pattern_key({p: 0}, n) == n != p for n in plain)]
             if missed:
+                self.unmatched += [f"{field}[{pattern!r}]" for pattern in missed]
                 self.notes.append(
                     f"{field}: {listed(missed)} matches no adapted module, as in PEFT it is unused"
                 )
