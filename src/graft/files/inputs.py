@@ -114,13 +114,14 @@ def _fit_memory(base: Checkpoint, adapter: Adapter, choice: str | None) -> Job |
 def _fit(base: Checkpoint, adapter: Adapter, shapes: dict[str, tuple[int, ...]], choice: str | None) -> Job:
     """Bind to parameters of these names and shapes; a head that is tied to the embedding is settled."""
     try:
-        return Job(base, bind(adapter, shapes, config=base.config), {}, {}, {})
+        bound = tied.without_copies(bind(adapter, shapes, config=base.config), base, {})
+        return Job(base, bound, {}, {}, {})
     except BaseMismatchError:
         head = tied.absent_head(adapter, shapes)
         if head is None:
             raise
     bound = bind(adapter, {**shapes, head[0]: shapes[head[1]]}, config=base.config)
-    settled = tied.settle(bound, *head, choice, base)
+    settled = tied.settle(tied.without_copies(bound, base, dict([head])), *head, choice, base)
     notes = (*settled.adapter.notes, *settled.notes)
     return Job(
         base,

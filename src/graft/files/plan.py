@@ -173,7 +173,8 @@ class _Builder:
         for t in targets:
             stop = at + nbytes(t.shape, t.dtype)
             if stop > at and (background is None or t.op is not None or t.how):
-                regions.append(Region(t.name, at, stop, t.dtype, t.source, t.op))
+                own = background is not None and isinstance(t.source, FileSource)
+                regions.append(Region(t.name, at, stop, t.dtype, t.source, t.op, own))
             at = stop
         return Shard(file, at, head, background, regions, at - len(head)), kept
 

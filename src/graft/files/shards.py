@@ -32,12 +32,14 @@ class Region:
     dtype: torch.dtype
     source: Source
     op: Op | None
+    #: whether the source's bytes are the background's, at the same place
+    own: bool = False
 
     def fill(self, out: torch.Tensor, at: int, held: bool) -> int:
         """Fill ``out`` (uint8) with the tensor's bytes from byte ``at`` of it on.
 
         Args:
-            held: ``out`` holds the source's bytes already.
+            held: ``out`` holds the background's bytes already.
         Returns:
             How many elements overflowed.
         """
@@ -46,7 +48,7 @@ class Region:
         whole = at % size == 0 and end % size == 0 and out.data_ptr() % size == 0
         dst = out.view(self.dtype) if whole else torch.empty(last - first, dtype=self.dtype)
         src = dst
-        if not (whole and held and self.source.dtype == self.dtype):
+        if not (whole and held and self.own):
             src = dst if self.source.dtype == self.dtype else scratch(last - first, self.source.dtype)
             self.source.read(first, src)
         broken = 0 if self.op is None else self.op.apply(src, dst, first)

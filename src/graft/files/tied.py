@@ -70,11 +70,6 @@ def settle(adapter: Adapter, head: str, embedding: str, choice: str | None, base
     Raises:
         BaseMismatchError: no choice was made where the two differ.
     """
-    full = dict(adapter.replace)
-    if head in adapter.sites and head in full and _same(full[head], base.read(embedding)):
-        # PEFT saves the weight under an adapted head too; here it is the tied weight itself.
-        del full[head]
-        adapter = replace(adapter, replace=full)
     if head in adapter.replace or choice == "untie":
         note = f"{head} is written apart from {embedding} (tie_word_embeddings is now false)"
         return Tied(adapter, {head: embedding}, {}, {"tie_word_embeddings": False}, (note,))
@@ -98,10 +93,26 @@ def settle(adapter: Adapter, head: str, embedding: str, choice: str | None, base
     return Tied(replace(adapter, sites=sites), {}, both, {}, (note,))
 
 
+def without_copies(adapter: Adapter, base: Checkpoint, origin: Mapping[str, str]) -> Adapter:
+    """Drop full tensors that only repeat the base's: PEFT saves the weight of an adapted embedding too.
+
+    Args:
+        origin: a tied head → the embedding whose weight it is.
+    """
+    full = dict(adapter.replace)
+    for name in adapter.sites.keys() & full.keys():
+        stored = origin.get(name, name)
+        if stored in base.entries and _same(full[name], base.read(stored)):
+            del full[name]
+    return replace(adapter, replace=full)
+
+
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal numbers, whatever their dtypes, a few rows at a time."""
     if a.shape != b.shape:
         return False
+    if a.dtype == b.dtype:
+        return torch.equal(a, b)
     return all(torch.equal(x.double(), y.double()) for x, y in zip(a.split(64), b.split(64), strict=True))
 
 
