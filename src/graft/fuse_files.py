@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from .files.plan import Plan, Wanted, make_plan
 from .files.shards import CHUNK, refuse_overflow
 from .files.stream import Writer, stream
 from .files.tied import is_vocabulary
+from .formats.protocol import EnableLora
 from .tensors import atomic_directory, check_out, output_errors, write_index
 
 #: dtypes that a fused model can be rounded to
@@ -88,6 +89,7 @@ def fuse(
     adapter_config: Path | None = None,
     tied: str | None = None,
     again: bool = False,
+    enable_lora: EnableLora | None = None,
 ) -> FuseReport:
     """Write base + adapter to ``out`` as a Hugging Face directory.
 
@@ -109,6 +111,7 @@ def fuse(
         adapter_config: the adapter's json, if it does not lie beside the weights.
         tied: what an update of an output head that is tied to the embedding does: ``untie`` or ``shared``.
         again: fuse an adapter although the base's provenance says that it holds it already.
+        enable_lora: for loralib's MergedLinear, as :func:`graft.formats.read` takes it.
     Raises:
         GraftError: one message that says what is wrong and what mends it; nothing was written.
     """
@@ -121,7 +124,7 @@ def fuse(
     inputs.spare_inputs(out, found.folder, adapter)
     if not dry_run:
         check_out(out, force=force)
-    read = formats.read(adapter, alpha=alpha, config=adapter_config)
+    read = formats.read(adapter, alpha=alpha, config=adapter_config, enable_lora=enable_lora)
     identity = _identity(inputs.adapter_files(adapter, adapter_config), threads)
     _refuse_twice(found, identity, again)
     job = inputs.fit(found, read, scale=scale, choice=tied)
@@ -133,6 +136,7 @@ def fuse(
         work = _Work(found, name, adapter, read.format, identity, job, wanted, plan, loss)
         options: dict[str, object] = {"scale": scale, "alpha": alpha, "dtype": dtype, "tied": tied}
         options["max_shard_size"] = max_shard_size
+        options["enable_lora"] = _switches(enable_lora)
         texts = work.texts(options)
         if not dry_run:
             _check_space(out, plan)
@@ -274,6 +278,13 @@ class _Work:
         )
 
 
+def _switches(given: EnableLora | None) -> object:
+    """``enable_lora`` as JSON holds it."""
+    if isinstance(given, Mapping):
+        return {name: list(on) for name, on in given.items()}
+    return None if given is None else list(given)
+
+
 def _told(total: int, length: int) -> dict[str, object]:
     return {"bytes": length, "checksum": inputs.hexadecimal(total, length)}
 
@@ -306,7 +317,7 @@ def _refuse_twice(base: Checkpoint, identity: dict[str, dict[str, object]], agai
         if mine in held and not again:
             raise OutputError(
                 f"{base.folder} already holds this adapter ({one.get('name')}), says its graft.json. Fusing "
-                "it again would apply it twice; use the base before it, or again=True if you mean it"
+                "it again would apply it twice; use the base before it, or say --again (again=True)"
             )
 
 

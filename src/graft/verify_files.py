@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from .files.plan import Plan, Wanted, make_plan
 from .files.shards import Shard, scratch
 from .files.sources import OpenFile
 from .files.stream import stream
+from .formats.protocol import EnableLora
 from .fuse_files import DTYPES, PROVENANCE
 
 _MEND = "Fuse again: graft fuse BASE ADAPTER -o OUT --force"
@@ -74,15 +75,16 @@ def verify(
     started = time.perf_counter()
     out, adapter = Path(out), Path(adapter)
     record = _record(out)
-    options = _part(record, "options")
     found = inputs.open_base(base)
-    alpha = alpha if alpha is not None else cast("float | None", options.get("alpha"))
-    read = formats.read(adapter, alpha=alpha, config=adapter_config)
-    scale, tied = options.get("scale", 1.0), options.get("tied")
-    assert isinstance(scale, float | int)
-    job = inputs.fit(found, read, scale=float(scale), choice=cast("str | None", tied))
-    limit, dtype = options.get("max_shard_size"), options.get("dtype")
-    wanted = Wanted(DTYPES.get(str(dtype)), cast("int | None", limit), job.parts, job.added)
+    said = _Options.of(_part(record, "options"), out / "graft.json")
+    read = formats.read(
+        adapter,
+        alpha=said.alpha if alpha is None else alpha,
+        config=adapter_config,
+        enable_lora=said.enable_lora,
+    )
+    job = inputs.fit(found, read, scale=said.scale, choice=said.tied)
+    wanted = Wanted(said.dtype, said.max_shard_size, job.parts, job.added)
     plan = make_plan(found, job.adapter, wanted)
     compared = _Compared(open_checkpoint(out))
     try:
@@ -103,6 +105,48 @@ def verify(
         files=files,
         seconds=time.perf_counter() - started,
     )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options of the fuse, as its record has them."""
+
+    scale: float
+    alpha: float | None
+    dtype: torch.dtype | None
+    max_shard_size: int | None
+    tied: str | None
+    enable_lora: EnableLora | None
+
+    @classmethod
+    def of(cls, told: Mapping[str, object], path: Path) -> _Options:
+        """Read and check them.
+
+        Raises:
+            FormatError: a value that no fuse writes.
+        """
+        problems = Problems(FormatError, f"{path} is damaged:")
+
+        def get(name: str, kinds: tuple[type, ...], default: object = None) -> Any:
+            value = told.get(name, default)
+            if value is None or (isinstance(value, kinds) and not isinstance(value, bool)):
+                return value
+            problems.add(f"option {name} is {value!r}")
+            return None
+
+        dtype = get("dtype", (str,))
+        if dtype is not None and dtype not in DTYPES:
+            problems.add(f"option dtype is {dtype!r}")
+        found = cls(
+            float(get("scale", (int, float), 1.0) or 0.0),
+            get("alpha", (int, float)),
+            DTYPES.get(str(dtype)),
+            get("max_shard_size", (int,)),
+            get("tied", (str,)),
+            get("enable_lora", (list, dict)),
+        )
+        problems.raise_if_any(_MEND)
+        return found
 
 
 class _Compared:
@@ -204,7 +248,7 @@ def _hashes(
     def check(role: str, folder: Path, name: str, told: object) -> None:
         path = folder / name
         want = told.get("checksum") if isinstance(told, dict) else None
-        if not path.resolve().is_relative_to(folder.resolve()) and not path.is_symlink():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             problems.add(f"{role} {name!r} lies outside the folder")
         elif not path.exists():
             problems.add(f"{role} {name} is missing")

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from graft import __version__, errors
 from graft.cli import main, output
 from graft.cli.app import cli
-from graft.cli.options import dtype, finite, size
+from graft.cli.options import dtype, finite, size, switches
 from graft.cli.output import progress_bar
 
 
@@ -185,3 +185,12 @@ def test_sizes_for_people(n: float, text: str) -> None:
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     output.print_json({"a": float("nan"), "b": (1, float("inf")), "c": Path("x"), "d": {2: True}})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1, None], "c": "x", "d": {"2": True}}
+
+
+def test_switches() -> None:
+    assert switches([]) is None
+    assert switches(["1,0,1"]) == switches(["true, FALSE,1"]) == [True, False, True]
+    assert switches(["qkv=1,0", "a.kv=0,1"]) == {"qkv": [True, False], "a.kv": [False, True]}
+    for words in ([""], ["2"], ["0,0"], ["1;0"], ["1,0", "qkv=1,0"]):
+        with pytest.raises(click.BadParameter, match=r"1,0,1|not both"):
+            switches(words)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import dtype, finite, size
-from .output import next_step, number, percent, print_facts, print_json, progress_bar
+from .options import dtype, finite, size, switches
+from .output import duration, next_step, number, percent, print_facts, print_json, progress_bar
 from .output import size as size_text
 
 if TYPE_CHECKING:
@@ -42,6 +42,14 @@ if TYPE_CHECKING:
     type=finite,
     metavar="NUMBER",
     help="The adapter's alpha, for formats that do not carry it (loralib).",
+)
+@click.option(
+    "--enable-lora",
+    multiple=True,
+    callback=lambda _, __, words: switches(words),
+    metavar="[MODULE=]1,0,1",
+    help="For loralib's MergedLinear, whose files do not say it: which blocks of q, k, v are adapted; "
+    "once for all modules, or once for each name's end.",
 )
 @click.option(
     "--max-shard-size",
@@ -92,7 +100,7 @@ def fuse(base: str, adapter: Path, out: Path, as_json: bool, **options: Any) -> 
 def _show(report: FuseReport) -> None:
     """What changed, how fast it went, what rounding took."""
     seconds, written = max(report.seconds, 1e-9), report.bytes_written
-    pace = "" if report.dry_run else f" in {seconds:.1f} s, {size_text(written / seconds)}/s"
+    pace = "" if report.dry_run else f" in {duration(seconds)}, {size_text(written / seconds)}/s"
     files = f"{len(report.files)} file{'s' * (len(report.files) != 1)}"
     kinds = Counter(report.changed.values())
     facts = [

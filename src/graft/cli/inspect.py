@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -85,7 +86,6 @@ def _row(site: SiteReport) -> tuple[str, ...]:
 
 
 def _show_model(report: ModelReport) -> None:
-    fused = report.fused or {}
     facts = [
         ("model", ", ".join(report.architectures) or report.model_type or ""),
         ("tensors", f"{report.tensors} in {len(report.files)} file{'s' * (len(report.files) != 1)}"),
@@ -93,14 +93,31 @@ def _show_model(report: ModelReport) -> None:
         ("size", size(report.bytes)),
         ("dtype", ", ".join(f"{name} ({count(n)})" for name, n in report.dtypes.items())),
         ("quantised", report.quantised or ""),
+        *_fused(report.fused or {}),
     ]
-    print_facts(
-        f"model {report.path}", facts + [(f"fused {k}", _brief(v)) for k, v in fused.items()], report.notes
+    print_facts(f"model {report.path}", facts, report.notes)
+
+
+def _fused(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What graft.json says, as far as it has the form that fuse writes."""
+    if not record:
+        return []
+    base, adapters, options = record.get("base"), record.get("fused"), record.get("options")
+    names = (
+        [str(_get(one, "name")) for one in cast("list[object]", adapters)]
+        if isinstance(adapters, list)
+        else []
     )
+    scale = _get(options, "scale")
+    return [
+        ("fused", " + ".join([str(_get(base, "name") or "?"), *names])),
+        ("scale", number(scale) if isinstance(scale, float) and scale != 1.0 else ""),
+        ("by", f"graft {record.get('graft', '?')}"),
+    ]
 
 
-def _brief(value: object) -> str:
-    return "" if isinstance(value, (dict, list)) else str(value)
+def _get(table: object, key: str) -> object:
+    return cast("dict[str, object]", table).get(key) if isinstance(table, dict) else None
 
 
 def _few(names: tuple[str, ...] | list[str]) -> str:

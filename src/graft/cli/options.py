@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 import click
 
@@ -55,3 +56,26 @@ def finite(text: str) -> float:
     if not math.isfinite(number):
         raise click.BadParameter(f"{text!r} is not a finite number")
     return number
+
+
+def switches(words: Iterable[str]) -> list[bool] | dict[str, list[bool]] | None:
+    """Which blocks are on: ``1,0,1`` for every module, or ``qkv=1,0,1`` for those whose name ends so."""
+    named = dict(_switches(word) for word in words)
+    if not named:
+        return None
+    if "" not in named:
+        return named
+    if len(named) > 1:
+        raise click.BadParameter("give one list for all modules, or MODULE=LIST for each, not both")
+    return named[""]
+
+
+def _switches(word: str) -> tuple[str, list[bool]]:
+    known = {"1": True, "true": True, "0": False, "false": False}
+    module, _, text = word.rpartition("=")
+    found = [known.get(each.strip().lower()) for each in text.split(",")]
+    if None in found or True not in found:
+        raise click.BadParameter(
+            f"{word!r} does not switch blocks on and off; write it as 1,0,1 or qkv=1,0,1"
+        )
+    return module, [on is True for on in found]

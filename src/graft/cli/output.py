@@ -104,6 +104,15 @@ def size(n: float) -> str:
     return f"{n:.0f} B"
 
 
+def duration(seconds: float) -> str:
+    """Time for people: 74 ms, 4.6 s, 2 min 5 s."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+
+
 def count(n: int) -> str:
     """Parameters for people: 8.4M, 1.24B."""
     for unit, power in (("B", 9), ("M", 6), ("k", 3)):
