@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, BatchEncoding, PreTrainedMode
 from transformers.utils import logging
 
 TEMPERATURE = 0.05
-THINGS_PER_STEP = 16
+THINGS_PER_STEP = 12
 LEARNING_RATE = 2e-3
 
 logging.disable_progress_bar()
