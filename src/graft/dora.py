@@ -29,6 +29,24 @@ _BLOCK = 1 << 17
 ReadRows = Callable[[int, int], torch.Tensor]
 
 
+def check(site: LowRank, shape: tuple[int, ...]) -> None:
+    """Whether :class:`Dora` can honour a site, from its shapes alone.
+
+    Raises:
+        FormatError: a magnitude of another size, or a layout that DoRA is not defined for.
+    """
+    layout, magnitude = site.layout, site.magnitude
+    assert layout is not None and magnitude is not None
+    if len(layout.enabled) != layout.groups or layout.pattern not in ("o i", "i o", "(g o) i"):
+        raise FormatError(f"DoRA is not defined for layout {layout.pattern!r} or groups left out")
+    rows, cols = layout.stored(shape)
+    count = cols if layout.pattern == "i o" else rows
+    if magnitude.numel() != count:
+        raise FormatError(
+            f"DoRA's magnitude has {magnitude.numel()} elements, the weight {tuple(shape)} needs {count}"
+        )
+
+
 class Dora:
     """The DoRA update of one stored parameter, in fixed blocks of whole rows of its stored matrix.
 
@@ -37,22 +55,16 @@ class Dora:
         shape: the stored parameter's shape.
         read: gives rows of the stored matrix; called again for every pass.
     Raises:
-        FormatError: a magnitude of another size, or a layout that DoRA is not defined for.
+        FormatError: see :func:`check`.
     """
 
     def __init__(self, site: LowRank, shape: tuple[int, ...], read: ReadRows) -> None:
+        check(site, shape)
         layout, magnitude = site.layout, site.magnitude
         assert layout is not None and magnitude is not None
         self._delta: Delta = site.delta(shape)
         self._rows, self.width = layout.stored(shape)
         self._by_column = layout.pattern == "i o"
-        if len(layout.enabled) != layout.groups or layout.pattern not in ("o i", "i o", "(g o) i"):
-            raise FormatError(f"DoRA is not defined for layout {layout.pattern!r} with groups left out")
-        count = self.width if self._by_column else self._rows
-        if magnitude.numel() != count:
-            raise FormatError(
-                f"DoRA's magnitude has {magnitude.numel()} elements, the weight {tuple(shape)} needs {count}"
-            )
         self._magnitude = magnitude.detach().reshape(-1).double()
         self._read = read
         self._step = max(1, _BLOCK // max(1, self.width))

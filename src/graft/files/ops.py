@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import torch
 
@@ -73,11 +73,14 @@ class Rows:
         return count
 
 
+X = TypeVar("X")
+
+
 class Deltas:
     """ΔW of the tensors in work, made when needed and dropped soon after, so that memory stays small."""
 
     def __init__(self, keep: int = 3) -> None:
-        self._keep, self._held = keep, OrderedDict[object, Delta]()
+        self._keep, self._held = keep, OrderedDict[object, object]()
         self._lock = Lock()
 
     def of(self, site: LowRank, shape: tuple[int, ...]) -> Callable[[int, int], Delta]:
@@ -87,19 +90,24 @@ class Deltas:
         if (site.A.numel() + site.B.numel()) * 4 > _WHOLE:
             width = layout.stored(shape)[1]
             return lambda r0, r1: cut(site, shape, (r0, r1), (0, width))
-        return self.kept(lambda: Delta.of(site.A, site.B, site.scale, layout, shape))
+        return self.whole(lambda: Delta.of(site.A, site.B, site.scale, layout, shape))
 
-    def kept(self, make: Callable[[], Delta]) -> Callable[[int, int], Delta]:
-        """``make()``'s delta, kept until a few others have been asked for."""
+    def whole(self, make: Callable[[], Delta]) -> Callable[[int, int], Delta]:
+        """:meth:`kept`, for callers that ask for rows."""
+        get = self.kept(make)
+        return lambda r0, r1: get()
 
-        def get(r0: int, r1: int) -> Delta:
+    def kept(self, make: Callable[[], X]) -> Callable[[], X]:
+        """``make()``'s result, kept until a few others have been asked for."""
+
+        def get() -> X:
             with self._lock:
                 if make not in self._held:
                     self._held[make] = make()
                 self._held.move_to_end(make)
                 while len(self._held) > self._keep:
                     self._held.popitem(last=False)
-                return self._held[make]
+                return cast("X", self._held[make])
 
         return get
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -12,6 +12,7 @@ import torch
 from ..adapter import Adapter
 from ..checkpoint import Checkpoint
 from ..dora import Dora, ReadRows
+from ..dora import check as check_dora
 from ..errors import FormatError, Problems, StateError
 from ..rounding import WEIGHT_DTYPES
 from ..safetensors_header import Entry, build_header, nbytes
@@ -193,10 +194,10 @@ class _Builder:
         if sum(x is not None for x in (site, moved, rows, part)) > 1:
             raise FormatError(f"{name}: the adapter changes it in two ways at once, which is not supported")
         if part is not None:
-            return Add(self._deltas.kept(part.delta), part.width), part.how
+            return Add(self._deltas.whole(part.delta), part.width), part.how
         if moved is not None:
             tensor, scale = moved
-            return Add(self._deltas.kept(lambda: shift(tensor, scale)), tensor.numel()), "shifted"
+            return Add(self._deltas.whole(lambda: shift(tensor, scale)), tensor.numel()), "shifted"
         if rows is not None:
             indices, tensor = rows
             return Rows(indices, tensor, _row_size(shape)), f"{len(indices)} rows replaced"
@@ -206,17 +207,17 @@ class _Builder:
         if site.magnitude is None:
             width = site.layout.stored(shape)[1]
             return Add(self._deltas.of(site, shape), width), f"rank {site.rank}"
-        return _DoraOp(
-            Dora(site, shape, _rows_of(source, site.layout.stored(shape)[1]))
-        ), f"DoRA rank {site.rank}"
+        check_dora(site, shape)
+        read = _rows_of(source, site.layout.stored(shape)[1])
+        return _DoraOp(self._deltas.kept(lambda: Dora(site, shape, read))), f"DoRA rank {site.rank}"
 
 
 class _DoraOp:
-    def __init__(self, dora: Dora) -> None:
+    def __init__(self, dora: Callable[[], Dora]) -> None:
         self._dora = dora
 
     def apply(self, src: torch.Tensor, dst: torch.Tensor, start: int) -> int:
-        return self._dora.add(src, dst, start=start)
+        return self._dora().add(src, dst, start=start)
 
 
 def _rows_of(source: Source, width: int) -> ReadRows:

@@ -45,7 +45,7 @@ class Ledger:
                 self.problems.add(
                     f"{key} has dtype {tensor.dtype}; bfloat16, float16, float32 or float64 is needed"
                 )
-            elif not bool(tensor.isfinite().all()):
+            elif not _finite(tensor):
                 self.problems.add(f"{key} holds NaN or infinite values")
 
     def close(self, mend: str = "", explain: Callable[[str], str] = lambda key: "unknown key") -> None:
@@ -64,3 +64,9 @@ def listed(names: Iterable[str], shown: int = 6) -> str:
     names = list(names)
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all elements are finite; in parts, so that a mapped tensor of any size needs no memory."""
+    parts = tensor.detach().reshape(-1).split(1 << 20)
+    return all(bool(part.isfinite().all()) for part in parts)
