@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -28,6 +28,8 @@ from . import kernel
 from .errors import LayoutError, StateError
 from .layout import Layout
 from .rounding import WEIGHT_DTYPES, bits, round_exact_sum, round_once, two_product
+
+Span = tuple[int, int]
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -44,8 +46,8 @@ class Term:
     are); ``scale [r]`` is float64 on the CPU.
     """
 
-    rows: tuple[int, int]
-    cols: tuple[int, int]
+    rows: Span
+    cols: Span
     left: torch.Tensor
     right: torch.Tensor
     scale: torch.Tensor
@@ -71,11 +73,9 @@ class Block:
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``left`` and ``right`` cut to this block (law 2: slices commute with the product)."""
-        t = self.term
-        return (
-            t.left[self.r0 - t.rows[0] : self.r1 - t.rows[0]],
-            t.right[:, self.c0 - t.cols[0] : self.c1 - t.cols[0]],
-        )
+        t = _cut(self.term, (self.r0, self.r1), (self.c0, self.c1))
+        assert t is not None
+        return t.left, t.right
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,20 @@ class Delta:
 
     @classmethod
     def of(
-        cls, a: torch.Tensor, b: torch.Tensor, scale: float, layout: Layout, shape: Sequence[int]
+        cls,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        layout: Layout,
+        shape: Sequence[int],
+        *,
+        rows: Span | None = None,
+        cols: Span | None = None,
     ) -> Delta:
         """ΔW of a weight of this shape from ``A [(n r), i]``, ``B [(n o), r]``: M[g] += scale·B[g]·A[g].
 
+        Args:
+            rows, cols: only this rectangle of S is wanted; the factors are cut before they are converted.
         Raises:
             LayoutError: the factors' shapes do not fit the weight.
         """
@@ -102,14 +112,33 @@ class Delta:
                 f"  A expected {list(want_a)}, got {list(a.shape)}\n"
                 f"  B expected {list(want_b)}, got {list(b.shape)}"
             )
+        stored = layout.stored(shape)
         scales = torch.full((rank,), float(scale), dtype=torch.float64)
-        terms = []
+        terms: list[Term] = []
         for piece in layout.pieces(shape):
             n = len(layout.enabled)
             a_g, b_g = a.detach().chunk(n)[piece.index], b.detach().chunk(n)[piece.index]
             left, right = (a_g.T, b_g.T) if piece.transposed else (b_g, a_g)
-            terms.append(Term(piece.rows, piece.cols, _wide(left), _wide(right), scales))
-        return cls(layout.stored(shape), tuple(terms))
+            term = _cut(Term(piece.rows, piece.cols, left, right, scales), rows, cols)
+            if term is not None:
+                terms.append(replace(term, left=_wide(term.left), right=_wide(term.right)))
+        return cls(stored, tuple(terms))
+
+    def local(self, bands: Sequence[Span], cols: Span) -> Delta:
+        """ΔW of the matrix that a process holds: these bands of S's rows, one after another, cut to ``cols``.
+
+        Law 2: ``(B·A)[rows, cols] = B[rows] · A[:, cols]``, so no element of ΔW is formed here.
+        """
+        terms: list[Term] = []
+        above = 0
+        for band in bands:
+            for term in self.terms:
+                t = _cut(term, band, cols)
+                if t is not None:
+                    moved = tuple(r - band[0] + above for r in t.rows), tuple(c - cols[0] for c in t.cols)
+                    terms.append(replace(t, rows=moved[0], cols=moved[1]))
+            above += band[1] - band[0]
+        return Delta((above, cols[1] - cols[0]), tuple(terms))
 
     def __add__(self, other: Delta) -> Delta:
         """The sum of two updates: ranks are concatenated where the rectangles are the same.
@@ -264,6 +293,18 @@ def _settle(
         if math.fsum(products) != 0.0:
             settled[n] = round_exact_sum([b, *products], dtype)
     return settled.to(own.device)
+
+
+def _cut(t: Term, rows: Span | None, cols: Span | None) -> Term | None:
+    """A term restricted to a rectangle of S; None if they do not meet."""
+    rows, cols = rows or t.rows, cols or t.cols
+    top, bottom = max(rows[0], t.rows[0]), min(rows[1], t.rows[1])
+    first, last = max(cols[0], t.cols[0]), min(cols[1], t.cols[1])
+    if top >= bottom or first >= last:
+        return None
+    left = t.left[top - t.rows[0] : bottom - t.rows[0]]
+    right = t.right[:, first - t.cols[0] : last - t.cols[0]]
+    return Term((top, bottom), (first, last), left, right, t.scale)
 
 
 def _wide(factor: torch.Tensor) -> torch.Tensor:

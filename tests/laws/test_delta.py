@@ -188,3 +188,36 @@ def test_round_once_beats_the_cast_through_float32() -> None:
 def test_the_kernel_runs_here() -> None:
     """The suite must test the compiled kernel where a C compiler exists."""
     assert kernel.status() == "c"
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.data())
+def test_what_a_process_holds_is_fused_like_its_part_of_the_whole(
+    problem: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float], data: st.DataObject
+) -> None:
+    w, a, b, scale = problem
+    rows, cols = w.shape
+    spans = st.tuples(st.integers(0, rows - 1), st.integers(1, rows))
+    bands = [(x, max(x + 1, y)) for x, y in data.draw(st.lists(spans, min_size=1, max_size=3))]
+    c0 = data.draw(st.integers(0, cols - 1))
+    c1 = data.draw(st.integers(c0 + 1, cols))
+    whole = torch.empty_like(w)
+    delta = Delta.of(a, b, scale, Layout(), w.shape)
+    delta.add(w.view(-1), whole.view(-1))
+    held = torch.cat([w[x:y, c0:c1] for x, y in bands])
+    delta.local(bands, (c0, c1)).add(held.view(-1), held.view(-1))
+    assert same_bits(held, torch.cat([whole[x:y, c0:c1] for x, y in bands]))
+
+
+def test_only_the_wanted_rectangle_of_the_factors_is_converted() -> None:
+    w = torch.randn(9, 7).bfloat16()
+    a, b = torch.randn(2, 7), torch.randn(9, 2)
+    part = Delta.of(a, b, 0.5, Layout(), w.shape, rows=(2, 5), cols=(1, 4))
+    whole = Delta.of(a, b, 0.5, Layout(), w.shape)
+    assert part.terms[0].left.shape == (3, 2) and part.terms[0].right.shape == (2, 3)
+    one, two = torch.empty_like(w), torch.empty_like(w)
+    part.add(w.view(-1), one.view(-1))
+    whole.add(w.view(-1), two.view(-1))
+    assert same_bits(one[2:5, 1:4].contiguous(), two[2:5, 1:4].contiguous())
+    one[2:5, 1:4] = w[2:5, 1:4]
+    assert same_bits(one, w)
