@@ -1,7 +1,7 @@
 # make demo   adapt, train, fuse, verify and unfuse a really pretrained model, from nothing
 # make test   the whole suite, from nothing
 # make lint   ruff and pyright
-# make bench  the benchmarks behind benchmarks/RESULTS.md
+# make bench  the benchmarks behind benchmarks/RESULTS.md, with a model of 300 million parameters
 #
 # PYTHON=python3.12 chooses the interpreter that the virtual environment is made with.
 
@@ -29,7 +29,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format
 
 bench: $(VENV)/.dev
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+	@$(BIN)/python benchmarks/unfuse.py
+	@test -d build/bench-300m || $(BIN)/python benchmarks/models.py build/bench-300m --size 300m
+	@$(BIN)/python benchmarks/fuse_files.py build/bench-300m
 
 clean:
 	rm -rf demo-out .pytest_cache .ruff_cache .hypothesis

@@ -19,7 +19,7 @@ import graft as g
 from graft.checksum import checksum
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
-RANK, ALPHA, STEPS, SEED, CYCLES = 8, 16, 45, 0, 10
+RANK, ALPHA, STEPS, SEED, CYCLES = 8, 16, 60, 0, 10
 
 
 def main() -> None:
