@@ -97,7 +97,7 @@ def verify(
     files = _hashes(record, out, found, adapter, adapter_config, plan, compared, threads)
     return VerifyReport(
         out=str(out),
-        base=inputs.base_name(base, found),
+        base=inputs.base_name(base, found, _part(record, "base").get("name")),
         adapter=str(adapter),
         tensors=len(plan.shapes),
         recomputed=len(plan.changed),
