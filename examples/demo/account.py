@@ -10,11 +10,9 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
 _terminal = Console(highlight=False)
@@ -80,7 +78,8 @@ def training_bar(steps: int, score: float) -> Generator[Callable[[float, float],
 def graft(*arguments: str | Path) -> None:
     """Run the ``graft`` command in a process of its own, as a user would; its output is shown as it is."""
     words = [str(a) for a in arguments]
-    console.print(Text.assemble(("   $ ", "dim"), ("graft " + " ".join(words), "cyan")))
+    console.print()
+    console.print(Text.assemble(("$ ", "dim"), ("graft " + " ".join(words), "cyan")))
     sys.stdout.flush()
     environment = os.environ | {"COLUMNS": str(console.width)}
     done = subprocess.run([sys.executable, "-m", "graft", *words], env=environment, check=False)
@@ -89,11 +88,7 @@ def graft(*arguments: str | Path) -> None:
 
 
 def summary(rows: Iterable[tuple[str, str]]) -> None:
-    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name, value in rows:
-        table.add_row("   " + name, value)
     console.print()
     console.print(Rule(Text("In short", style="bold green"), align="left", style="green"))
-    console.print(table)
+    for name, value in rows:
+        console.print(Text.assemble((f"   {name:<16}", "bold"), value))
