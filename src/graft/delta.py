@@ -26,10 +26,8 @@ import torch
 
 from . import kernel
 from .errors import LayoutError, StateError
-from .layout import Layout
+from .layout import Layout, Span
 from .rounding import WEIGHT_DTYPES, bits, round_exact_sum, round_once, two_product
-
-Span = tuple[int, int]
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -196,7 +194,7 @@ class Delta:
         _check(src, dst)
         same = src.data_ptr() == dst.data_ptr()
         if not same and not self.covers_all():
-            dst.copy_(src)
+            dst.copy_(round_once(src, dst.dtype) if src.dtype == torch.float64 else src)
         width = self.stored[1]
 
         def one(block: Block) -> int:

@@ -11,14 +11,13 @@ run over fixed blocks of rows counted from row 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cached_property
 from threading import Lock
 
 import torch
 
 from .adapter import LowRank
-from .delta import Delta, Term
+from .delta import Delta
 from .errors import FormatError
 from .rounding import round_once
 
@@ -105,13 +104,7 @@ class Dora:
 
     def _sum(self, rows: torch.Tensor, r0: int, r1: int) -> torch.Tensor:
         """``W + ΔW`` in float64 for whole rows."""
-        terms: list[Term] = []
-        for t in self._delta.terms:
-            top, bottom = max(r0, t.rows[0]), min(r1, t.rows[1])
-            if top < bottom:
-                left = t.left[top - t.rows[0] : bottom - t.rows[0]]
-                terms.append(replace(t, rows=(top - r0, bottom - r0), left=left))
-        return rows.double() + Delta((r1 - r0, self.width), tuple(terms)).dense()
+        return rows.double() + self._delta.local([(r0, r1)], (0, self.width)).dense()
 
     def _blocks(self, r0: int, r1: int) -> Iterator[tuple[int, int]]:
         """Blocks of rows counted from row 0 that meet ``[r0, r1)``."""

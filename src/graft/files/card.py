@@ -78,7 +78,8 @@ def changed_config(
         return None, ["the base has no config.json, so the output has none either"]
     config, notes = read_json(path), list[str]()
     before = json.dumps(config)
-    nested = cast("dict[str, object]", config.get("text_config") or {})
+    told = config.get("text_config")
+    nested = cast("dict[str, object]", told) if isinstance(told, dict) else {}
     for part in (config, nested):
         for old, new in set(rows.values()):
             if part.get("vocab_size") == old:

@@ -88,8 +88,7 @@ class Deltas:
         layout = site.layout
         assert layout is not None
         if (site.A.numel() + site.B.numel()) * 4 > _WHOLE:
-            width = layout.stored(shape)[1]
-            return lambda r0, r1: cut(site, shape, (r0, r1), (0, width))
+            return lambda r0, r1: Delta.of(site.A, site.B, site.scale, layout, shape, rows=(r0, r1))
         return self.whole(lambda: Delta.of(site.A, site.B, site.scale, layout, shape))
 
     def whole(self, make: Callable[[], Delta]) -> Callable[[int, int], Delta]:
@@ -110,26 +109,6 @@ class Deltas:
                 return cast("X", self._held[make])
 
         return get
-
-
-def cut(site: LowRank, shape: tuple[int, ...], rows: tuple[int, int], cols: tuple[int, int]) -> Delta:
-    """ΔW restricted to a rectangle of the stored matrix (law 2: the factors are cut, nothing else)."""
-    layout = site.layout
-    assert layout is not None
-    n = len(layout.enabled)
-    scale = torch.full((site.rank,), float(site.scale), dtype=torch.float64)
-    terms: list[Term] = []
-    for piece in layout.pieces(shape):
-        top, bottom = max(rows[0], piece.rows[0]), min(rows[1], piece.rows[1])
-        first, last = max(cols[0], piece.cols[0]), min(cols[1], piece.cols[1])
-        if top >= bottom or first >= last:
-            continue
-        a, b = site.A.detach().chunk(n)[piece.index], site.B.detach().chunk(n)[piece.index]
-        left, right = (a.T, b.T) if piece.transposed else (b, a)
-        left = left[top - piece.rows[0] : bottom - piece.rows[0]]
-        right = right[:, first - piece.cols[0] : last - piece.cols[0]]
-        terms.append(Term((top, bottom), (first, last), _wide(left), _wide(right), scale))
-    return Delta(layout.stored(shape), tuple(terms))
 
 
 def shift(tensor: torch.Tensor, scale: float) -> Delta:

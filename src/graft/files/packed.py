@@ -6,11 +6,10 @@ columns c0 to c1 of the packed parameter's stored matrix gets exactly those rows
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..adapter import LowRank
-from ..delta import Delta, Term
-from .ops import cut
+from ..delta import Delta
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,17 @@ class Part:
 
     def delta(self) -> Delta:
         """This part's ΔW."""
-        (r0, r1), (c0, c1) = self.rows, self.cols
-        terms: list[Term] = []
-        for t in cut(self.site, self.shape, self.rows, self.cols).terms:
-            rows, cols = (t.rows[0] - r0, t.rows[1] - r0), (t.cols[0] - c0, t.cols[1] - c0)
-            if self.transposed:
-                terms.append(Term(cols, rows, t.right.T.contiguous(), t.left.T.contiguous(), t.scale))
-            else:
-                terms.append(Term(rows, cols, t.left, t.right, t.scale))
-        return Delta((c1 - c0, r1 - r0) if self.transposed else (r1 - r0, c1 - c0), tuple(terms))
+        site = self.site
+        assert site.layout is not None
+        whole = Delta.of(site.A, site.B, site.scale, site.layout, self.shape, rows=self.rows, cols=self.cols)
+        part = whole.local([self.rows], self.cols)
+        if not self.transposed:
+            return part
+        flipped = (
+            replace(t, rows=t.cols, cols=t.rows, left=t.right.T.contiguous(), right=t.left.T.contiguous())
+            for t in part.terms
+        )
+        return Delta((part.stored[1], part.stored[0]), tuple(flipped))
 
 
 @dataclass(frozen=True)
