@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from .branches import Branch, Factors, branch_of
-from .delta import Delta
 from .errors import StateError
 from .kinds import read_children
 from .layout import Layout
@@ -38,7 +37,7 @@ class Site:
     layout: Layout
     scale: float
     disabled: bool = False
-    fusion: Undo | None = None
+    fusion: tuple[Undo, ...] | None = None  # one for each part of the weight in this process
 
     @property
     def live(self) -> bool:
@@ -163,12 +162,6 @@ def factors(module: nn.Module, parameter: str) -> Factors:
     name_a, name_b = factor_names(parameter)
     a, b = getattr(module, name_a), getattr(module, name_b)
     return Factors(a, b, site.scale, site.layout, site.options)
-
-
-def delta_of(module: nn.Module, parameter: str) -> Delta:
-    """ΔW of one site, exact: the number that fuse, export and verify use."""
-    f = factors(module, parameter)
-    return Delta.of(f.a, f.b, f.scale, f.layout, getattr(module, parameter).shape)
 
 
 def slots_of(module: nn.Module) -> dict[str, Slot]:

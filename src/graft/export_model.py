@@ -14,7 +14,7 @@ from torch import nn
 from .adapted import factor_names, slots_of
 from .attach import plain_class
 from .errors import OutputError, StateError
-from .fusing import Held, effective_weight, held_sites
+from .fusing import Held, held_sites, whole_weight
 
 Make = Callable[[], torch.Tensor]
 
@@ -93,7 +93,7 @@ def _plan(model: nn.Module, dtype: torch.dtype | None) -> dict[str, _Tensor]:
 def _maker(value: torch.Tensor, held: Held | None, dtype: torch.dtype) -> Make:
     if held is None:
         return lambda: value.detach().to(dtype)
-    return lambda: effective_weight(held, dtype)
+    return lambda: whole_weight(held, dtype)
 
 
 def _factor_keys(model: nn.Module) -> set[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -11,8 +12,11 @@ import torch
 from torch import nn
 
 from . import undo as exact
-from .adapted import NO_ADAPTER, Adapted, Site, delta_of
+from .adapted import NO_ADAPTER, Adapted, Site, factors
 from .attach import sites
+from .branches import Factors
+from .delta import Delta
+from .engines import Engine, Part, engine_of, shape_of
 from .errors import Problems, StateError, TargetError
 from .targets import Inventory, Patterns, as_patterns
 
@@ -36,6 +40,15 @@ class Held:
     @property
     def weight(self) -> torch.Tensor:
         return self.parameter_tensor.detach()
+
+    @property
+    def engine(self) -> Engine:
+        return engine_of(self.parameter_tensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's global shape."""
+        return self.engine.shape(self.parameter_tensor)
 
 
 def held_sites(model: nn.Module, targets: Patterns | None = None) -> list[Held]:
@@ -79,7 +92,7 @@ def fuse(model: nn.Module, targets: Patterns | None = None) -> int:
     _refuse_changed([h for h in held if h.site.fusion is not None])
     todo = [h for h in held if h.site.fusion is None]
     _refuse_unfit(todo)
-    _all_or_none(todo, _fuse_one, _unfuse_one)
+    _fuse_all(todo)
     return len(todo)
 
 
@@ -91,7 +104,7 @@ def unfuse(model: nn.Module, targets: Patterns | None = None) -> int:
     """
     todo = [h for h in held_sites(model, targets) if h.site.fusion is not None]
     _refuse_changed(todo)
-    _all_or_none(todo, _unfuse_one, _fuse_one)
+    _unfuse_all(todo)
     return len(todo)
 
 
@@ -105,7 +118,7 @@ def fused(model: nn.Module, targets: Patterns | None = None) -> Generator[None]:
     finally:
         todo = [h for h in before if h.site.fusion is not None]
         _refuse_changed(todo)
-        _all_or_none(todo, _unfuse_one, _fuse_one)
+        _unfuse_all(todo)
 
 
 @contextmanager
@@ -115,7 +128,7 @@ def disabled(model: nn.Module, targets: Patterns | None = None) -> Generator[Non
     was_fused = [h for h in held if h.site.fusion is not None]
     was_disabled = [h.site.disabled for h in held]
     _refuse_changed(was_fused)
-    _all_or_none(was_fused, _unfuse_one, _fuse_one)
+    _unfuse_all(was_fused)
     for h in held:
         h.site.disabled = True
     try:
@@ -123,81 +136,182 @@ def disabled(model: nn.Module, targets: Patterns | None = None) -> Generator[Non
     finally:
         for h, before in zip(held, was_disabled, strict=True):
             h.site.disabled = before
-        _all_or_none([h for h in was_fused if h.site.fusion is None], _fuse_one, _unfuse_one)
+        _fuse_all([h for h in was_fused if h.site.fusion is None])
 
 
-def effective_weight(h: Held, dtype: torch.dtype | None = None) -> torch.Tensor:
+#: factors gathered at once, in elements: bounds memory, and makes few messages of many small tensors
+_BATCH = 1 << 24
+
+
+def deltas(held: Sequence[Held]) -> Iterator[tuple[Held, Delta]]:
+    """Every site's whole ΔW, from factors gathered in batches. Collective where the factors are spread."""
+    batch: list[Held] = []
+    size = 0
+    for h in held:
+        f = factors(h.module, h.parameter)
+        batch.append(h)
+        size += sum(math.prod(shape_of(t)) for t in (f.a, f.b))
+        if size >= _BATCH:
+            yield from _gathered(batch)
+            batch, size = [], 0
+    yield from _gathered(batch)
+
+
+def _gathered(batch: list[Held]) -> Iterator[tuple[Held, Delta]]:
+    by_engine: dict[str, list[tuple[Held, Factors]]] = {}
+    for h in batch:
+        f = factors(h.module, h.parameter)
+        by_engine.setdefault(engine_of(f.a).name, []).append((h, f))
+    whole: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for members in by_engine.values():
+        thin = engine_of(members[0][1].a).gather([t for _, f in members for t in (f.a, f.b)])
+        for n, (h, _) in enumerate(members):
+            whole[id(h)] = thin[2 * n], thin[2 * n + 1]
+    for h in batch:
+        f = factors(h.module, h.parameter)
+        a, b = whole.pop(id(h))
+        yield h, Delta.of(a, b, f.scale, f.layout, h.shape)
+
+
+def _pieces(h: Held, delta: Delta) -> list[tuple[Part, Delta, int]]:
+    """The parts of one weight in this process, each with its own ΔW."""
+    layout, shape = h.site.layout, h.shape
+    return [(p, *p.localise(delta, layout, shape)) for p in h.engine.parts(h.parameter_tensor)]
+
+
+def effective_weight(h: Held, dtype: torch.dtype | None = None) -> torch.Tensor | None:
     """``W + ΔW`` rounded once to ``dtype`` (the weight's own when None), as a new tensor.
+
+    Collective where the weight is spread; the process that writes gets the tensor, the others None.
 
     Raises:
         StateError: the sum overflows that dtype.
     """
     dtype = dtype or h.weight.dtype
-    if h.site.fusion is not None:
-        if dtype != h.weight.dtype:
-            raise StateError(
-                f"{h.name} is fused, and rounding it again to {dtype} would round twice; unfuse first"
-            )
-        return h.weight.clone()
-    flat = h.weight.contiguous().view(-1)
-    out = torch.empty_like(flat, dtype=dtype)
-    broken = delta_of(h.module, h.parameter).add(flat, out)
-    if broken:
-        raise StateError(f"{h.name}: {broken} elements of W + ΔW are beyond the range of {dtype}")
-    return out.view(h.weight.shape)
+    if h.site.fusion is not None and dtype != h.weight.dtype:
+        raise StateError(
+            f"{h.name} is fused, and rounding it again to {dtype} would round twice; unfuse first"
+        )
+    ((_, delta),) = deltas([h])
+    outs: list[torch.Tensor] = []
+    broken = 0
+    for part, local, start in _pieces(h, delta):
+        if h.site.fusion is not None:
+            outs.append(part.tensor.clone())
+            continue
+        flat = part.tensor.contiguous().view(-1)
+        out = torch.empty_like(flat, dtype=dtype)
+        broken += local.add(flat, out, start=start)
+        outs.append(out.view(part.tensor.shape))
+    if not h.engine.agree(broken == 0):
+        raise StateError(f"{h.name}: {broken} elements of W + ΔW here are beyond the range of {dtype}")
+    return h.engine.collect(h.parameter_tensor, outs)
 
 
-def _fuse_one(h: Held) -> None:
+def whole_weight(h: Held, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """:func:`effective_weight` where this process is the one that writes."""
+    whole = effective_weight(h, dtype)
+    assert whole is not None
+    return whole
+
+
+def _fuse_one(h: Held, delta: Delta) -> None:
+    done: list[tuple[Part, Delta, int, exact.Undo]] = []
     try:
-        h.site.fusion = exact.fuse(h.weight, delta_of(h.module, h.parameter))
+        for part, local, start in _pieces(h, delta):
+            done.append((part, local, start, exact.fuse(part.tensor, local, start=start)))
     except StateError as error:
+        for part, local, start, kept in reversed(done):
+            exact.unfuse(part.tensor, local, kept, start=start)
         raise StateError(f"{h.name}: {error}") from None
+    h.site.fusion = tuple(kept for *_, kept in done)
     # the kernel writes behind autograd's back: a backward that needs the old weight must raise
     torch.autograd.graph.increment_version(h.weight)
 
 
-def _unfuse_one(h: Held) -> None:
+def _unfuse_one(h: Held, delta: Delta) -> None:
     assert h.site.fusion is not None
     try:
-        exact.unfuse(h.weight, delta_of(h.module, h.parameter), h.site.fusion)
+        for (part, local, start), kept in zip(_pieces(h, delta), h.site.fusion, strict=True):
+            exact.unfuse(part.tensor, local, kept, start=start)
     except StateError as error:
         raise StateError(f"{h.name}: {error}") from None
     torch.autograd.graph.increment_version(h.weight)
     h.site.fusion = None
 
 
-def _all_or_none(todo: Iterable[Held], do: Callable[[Held], None], back: Callable[[Held], None]) -> None:
-    done: list[Held] = []
-    try:
-        for h in todo:
-            do(h)
-            done.append(h)
-    except BaseException:
-        for h in reversed(done):
-            back(h)
-        raise
+def _fuse_all(todo: Sequence[Held]) -> None:
+    _all_or_none(todo, _fuse_one, _unfuse_one)
 
 
-def _refuse_changed(held: Iterable[Held]) -> None:
+def _unfuse_all(todo: Sequence[Held]) -> None:
+    _all_or_none(todo, _unfuse_one, _fuse_one)
+
+
+_Do = Callable[[Held, Delta], None]
+
+
+def _all_or_none(todo: Sequence[Held], do: _Do, back: _Do) -> None:
+    """``do`` on every site of every process, or on none.
+
+    A process that meets an error still takes part in every gather, so that no other waits for it.
+    """
+    done: set[int] = set()
+    error: BaseException | None = None
+    for h, delta in deltas(todo):
+        if error is not None:
+            continue
+        try:
+            do(h, delta)
+            done.add(id(h))
+        except BaseException as e:
+            error = e
+    if todo and not _agree(todo, error is None):
+        for h, delta in deltas(todo):
+            if id(h) in done:
+                back(h, delta)
+        raise error or StateError("another process could not do this, so it was undone here; see its error")
+
+
+def _agree(held: Sequence[Held], ok: bool) -> bool:
+    """Whether every process that shares a weight of these says yes."""
+    engines = {e.name: e for e in (h.engine for h in held)}
+    answers = [e.agree(ok) for _, e in sorted(engines.items())]  # a list: no engine's question may be skipped
+    return all(answers)
+
+
+def _refuse_changed(held: Sequence[Held]) -> None:
     problems = Problems(StateError, "the adapter changed while it was fused:")
-    for h in held:
+    for h, delta in deltas(held):
         assert h.site.fusion is not None
-        if exact.fingerprint(delta_of(h.module, h.parameter)) != h.site.fusion.factors:
-            problems.add(f"{h.name}: A, B or the scale is another than at fuse")
+        for (_, local, _), kept in zip(_pieces(h, delta), h.site.fusion, strict=True):
+            if exact.fingerprint(local) != kept.factors:
+                problems.add(f"{h.name}: A, B or the scale is another than at fuse")
+                break
+    if held and not _agree(held, not problems):
+        problems = problems or _elsewhere()
     problems.raise_if_any(
         "Subtracting another ΔW than was added would not give the base back: put the old values back and "
         "unfuse, or load the base again"
     )
 
 
-def _refuse_unfit(held: Iterable[Held]) -> None:
+def _refuse_unfit(held: Sequence[Held]) -> None:
     problems = Problems(StateError, "cannot fuse:")
     for h in held:
-        weight = getattr(h.module, h.parameter)
         if h.site.disabled:
             problems.add(f"{h.name} is disabled; leave graft.disabled(model) first")
-        elif weight.is_meta:
-            problems.add(f"{h.name} is on the meta device and holds no numbers; load the weights first")
-        elif hasattr(weight, "ds_id") or hasattr(weight, "device_mesh"):
-            problems.add(f"{h.name} is sharded ({type(weight).__name__}); fuse in a single process")
+            continue
+        try:
+            h.engine.parts(h.parameter_tensor)
+        except StateError as error:
+            problems.add(f"{h.name}: {error}")
+    if held and not _agree(held, not problems):
+        problems = problems or _elsewhere()
     problems.raise_if_any()
+
+
+def _elsewhere() -> Problems:
+    problems = Problems(StateError, "refused by another process:")
+    problems.add("see that process's error for the names")
+    return problems

@@ -23,6 +23,8 @@ import torch
 
 from .errors import LayoutError
 
+Span = tuple[int, int]
+
 # pattern → (axes of the stored matrix that are joined into its rows, group axis, transposed)
 #   group axis "rows" / "cols": the groups cut S into equal bands of rows / columns
 _PATTERNS: dict[str, tuple[int, str | None, bool]] = {
@@ -146,6 +148,31 @@ class Layout:
                 col_band = (g * cols // self.groups, (g + 1) * cols // self.groups)
             pieces.append(Piece(index, row_band, col_band, transposed))
         return pieces
+
+    def region(self, shape: Sequence[int], index: Sequence[Span]) -> tuple[list[Span], Span]:
+        """Rows (as bands) and columns of S that the block ``index`` of the weight covers.
+
+        Args:
+            index: for each axis of the weight the range that the block holds.
+        Raises:
+            LayoutError: a block that is not bands of rows cut to one range of columns.
+        """
+        joined = _PATTERNS[self.pattern][0]
+        shape = tuple(shape)
+        inner = [span == (0, n) for span, n in zip(index, shape, strict=True)][joined + 1 :]
+        whole = all(span == (0, n) for span, n in zip(index, shape, strict=True))
+        if (self.matrix is not None and not whole) or not all(inner):
+            raise LayoutError(f"layout {self.pattern!r} of shape {shape} cannot be cut to the block {index}")
+        if self.matrix is not None:
+            return [(0, self.matrix[0])], (0, self.matrix[1])
+        step = math.prod(shape[joined + 1 :])
+        cols = (index[joined][0] * step, index[joined][1] * step)
+        if joined == 1:
+            return [index[0]], cols
+        (first, last), (low, high), size = index[0], index[1], shape[1]
+        if (low, high) == (0, size):
+            return [(first * size, last * size)], cols
+        return [(g * size + low, g * size + high) for g in range(first, last)], cols
 
     def view(self, weight: torch.Tensor) -> torch.Tensor:
         """``M[g, o, i]`` as a view of ``weight`` (all groups); writing to it writes to the weight.

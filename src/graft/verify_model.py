@@ -14,7 +14,7 @@ from torch import nn
 from .adapted import factor_names, factors
 from .attach import plain_classes
 from .errors import VerifyError
-from .fusing import Held, effective_weight, held_sites
+from .fusing import Held, held_sites, whole_weight
 
 #: relative difference of the outputs that the weights' dtype explains
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -91,7 +91,7 @@ def _message(bypassed: list[str], difference: float, limit: float) -> str:
 
 def _reference(model: nn.Module, held: Iterable[Held], run: Run) -> list[torch.Tensor]:
     """The plain model's outputs with W + ΔW in these sites (fused weights are that already)."""
-    lent = [(h.parameter_tensor, h.weight, effective_weight(h)) for h in held if h.site.live]
+    lent = [(h.parameter_tensor, h.weight, whole_weight(h)) for h in held if h.site.live]
     try:
         for parameter, _, value in lent:
             parameter.data = value
