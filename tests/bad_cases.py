@@ -212,6 +212,24 @@ def _overflow(pair: Pair) -> None:
     edit_tensors(pair.weights, lambda t: t.update({A0: t[A0] * 1e4, B0: t[B0] * 1e4}))
 
 
+def _four_bits(pair: Pair) -> None:
+    """As bitsandbytes saves: two weights a byte, in a column."""
+    edit_tensors(
+        pair.shards[0], lambda t: t.update({Q0: torch.zeros(HIDDEN * HIDDEN // 2, 1, dtype=torch.uint8)})
+    )
+    _quantised_by(pair, "bitsandbytes")
+
+
+def _gptq(pair: Pair) -> None:
+    tensors = {n.replace(".weight", ".qweight") if "_proj" in n else n: t for n, t in llama().items()}
+    write_shards(pair, tensors)
+    _quantised_by(pair, "gptq")
+
+
+def _quantised_by(pair: Pair, method: str) -> None:
+    edit_json(pair.base / "config.json", lambda d: d.update(quantization_config={"quant_method": method}))
+
+
 def _only(file: str, text: str) -> Callable[[Pair], None]:
     return lambda pair: (pair.base / file).write_text(text)
 
@@ -238,6 +256,7 @@ BASE = [
     Case("index names ../x", index(lambda d: d["weight_map"].update({Q0: "../x.safetensors"})), r"\.\./x"),
     Case("index names /x", index(lambda d: d["weight_map"].update({Q0: "/x.safetensors"})), r"/x\.saf"),
     Case("index names a number", index(lambda d: d["weight_map"].update({Q0: 7})), r"index\.json"),
+    Case("index names a list", index(lambda d: d["weight_map"].update({Q0: ["x"]})), r"index\.json"),
     Case(
         "index names a tensor that no shard holds",
         index(lambda d: d["weight_map"].update({"model.ghost.weight": SHARDS[0]})),
@@ -278,6 +297,8 @@ BASE = [
     Case("evil pickle as base", _evil_base, r"pytorch_model\.bin.*posix\.system"),
     Case("int8 weights", shard(_in_dtype(torch.int8)), r"int8|dequantise"),
     Case("fp8 weights", shard(_in_dtype(torch.float8_e4m3fn)), r"float8|dequantise"),
+    Case("4-bit weights in bytes", _four_bits, r"(?i)quanti"),
+    Case("GPTQ's names", _gptq, r"(?i)quanti"),
     Case(
         "4-bit base",
         lambda p: edit_json(
@@ -317,6 +338,14 @@ ADAPTER = [
     Case("rank_pattern negative", settings(rank_pattern={"q_proj": -2}), r"rank"),
     Case("rank_pattern against the factors", settings(rank_pattern={"q_proj": 2}), r"rank"),
     Case("rank_pattern a list", settings(rank_pattern=[4]), r"rank_pattern"),
+    Case("rank_pattern no expression", settings(rank_pattern={"*bad[": 4}), r"\*bad\["),
+    Case("use_rslora a word", settings(use_rslora="false"), r"use_rslora"),
+    Case("modules_to_save a number", settings(modules_to_save=5), r"modules_to_save"),
+    Case("target_parameters a number", settings(target_parameters=1.5), r"target_parameters"),
+    Case("trained tokens no numbers", settings(trainable_token_indices=["q"]), r"trainable_token_indices"),
+    Case(
+        "trained tokens negative", settings(trainable_token_indices={"x": [-1]}), r"trainable_token_indices"
+    ),
     Case("peft_type IA3", settings(peft_type="IA3"), r"IA3"),
     Case("peft_type missing", settings(peft_type=...), r"peft_type"),
     Case("layer replication", settings(layer_replication=[[0, 2], [1, 2]]), r"layer_replication"),
@@ -382,6 +411,10 @@ ADAPTER = [
 ]
 
 CALL = [
+    Case("inputs in the wrong order", lambda p: _swap(p), r"BASE ADAPTER"),
+    Case("BASE twice", lambda p: setattr(p, "adapter", p.base), r"BASE ADAPTER|adapter"),
+    Case("a hub id out of reach", lambda p: setattr(p, "base", Path("somebody/nothing-here")), r"hub"),
+    Case("alpha beyond all bounds", settings(lora_alpha=1e300), r"(?i)overflow|infinit"),
     Case("OUT exists", out(lambda p: _made(p.root / "there")), r"--force"),
     Case("OUT is a file", out(lambda p: _file(p.root / "there")), r"there"),
     Case("OUT is a file, forced", out(lambda p: _file(p.root / "there"), "--force"), r"there"),
@@ -428,10 +461,16 @@ REPAIRED = [
     Case("shards that are links into a cache", lambda p: _into_cache(p), r""),
     Case("a base of one .safetensors", lambda p: _one_file(p, save_file, "model.safetensors"), r""),
     Case("a base of one .bin", lambda p: _one_file(p, torch.save, "pytorch_model.bin"), r""),
+    Case("the adapter's file itself", lambda p: setattr(p, "adapter", p.weights), r""),
     Case("an adapter as .bin", lambda p: _as_bin(p), r""),
     Case("--scale below zero", args("--scale=-0.5"), r""),
+    Case("alpha far too large", settings(lora_alpha=1e6), r"times as large as the weights"),
     Case("a tensor larger than --max-shard-size", args("--max-shard-size", "1kB"), r""),
 ]
+
+
+def _swap(pair: Pair) -> None:
+    pair.base, pair.adapter = pair.adapter, pair.base
 
 
 def _into_cache(pair: Pair) -> None:

@@ -18,7 +18,8 @@ from .pairs import Pair, snapshot, write_pair
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Pair:
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return write_pair(tmp_path / "work")
 
 

@@ -117,15 +117,16 @@ def _shards(path: Path, table: dict[str, object]) -> list[str]:
     weight_map = table.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path} has no weight_map; download the index again")
-    names = list(dict.fromkeys(cast("dict[str, object]", weight_map).values()))
+    named = cast("dict[str, object]", weight_map).values()
+    names = list(dict.fromkeys(name if isinstance(name, str) else repr(name) for name in named))
     problems = Problems(FormatError, f"{path} does not fit its folder:")
     for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
+        if name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
             problems.add(f"it names a file outside the folder: {name!r}")
         elif not (path.parent / name).exists():
             problems.add(f"shard {name} is missing")
     problems.raise_if_any("Download the missing shards again, or use an index that belongs to them.")
-    return sorted(cast("list[str]", names))
+    return sorted(names)
 
 
 def _collect(

@@ -6,6 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -90,12 +91,24 @@ def fit(base: Checkpoint, adapter: Adapter, *, scale: float, choice: str | None)
     adapter = tied.scaled(adapter, scale)
     try:
         return _fit(base, adapter, base.shapes, choice)
-    except BaseMismatchError:
+    except BaseMismatchError as error:
         # Only now, because looking transformers' table up takes seconds.
         mapped = _fit_memory(base, adapter, choice)
         if mapped is None:
-            raise
+            raise BaseMismatchError(f"{error}{_quantised(base)}") from None
         return mapped
+
+
+def _quantised(base: Checkpoint) -> str:
+    """Why nothing fits a quantised base, whose names and shapes are its own."""
+    told = base.config.get("quantization_config")
+    if not isinstance(told, dict):
+        return ""
+    method = cast("dict[str, object]", told).get("quant_method", "no method given")
+    return (
+        f"\nThe base's config.json says that it is quantised ({method}): fuse into the unquantised base "
+        "instead, or dequantise it first"
+    )
 
 
 def _fit_memory(base: Checkpoint, adapter: Adapter, choice: str | None) -> Job | None:

@@ -140,6 +140,7 @@ def parse(config: Mapping[str, object], where: object) -> LoraSettings:
             problems.add(f"{key} must be a positive {'integer' if key == 'r' else 'number'}, got {value!r}")
     for key in ("rank_pattern", "alpha_pattern"):
         _judge_pattern(config.get(key), key, problems)
+    _judge_types(config, problems)
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         problems.add(f"bias must be 'none', 'all' or 'lora_only', got {config['bias']!r}")
     problems.raise_if_any()
@@ -189,6 +190,31 @@ def _judge_initialisation(value: object, problems: Problems) -> None:
         )
     elif name not in _NEUTRAL:
         problems.add(f"init_lora_weights={value!r} is unknown; set it to true if it left the base unchanged")
+
+
+def _judge_types(config: Mapping[str, object], problems: Problems) -> None:
+    """A setting of another type would be read as something that nobody meant: ``"false"`` is true."""
+    for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+        if not isinstance(config.get(key), bool | None):
+            problems.add(f"{key} must be true or false, got {config[key]!r}")
+    for key in ("modules_to_save", "target_parameters"):
+        value = config.get(key)
+        if not isinstance(value, str | None) and not _is_list(value, str):
+            problems.add(f"{key} must be a list of names, got {value!r}")
+    tokens = config.get("trainable_token_indices")
+    lists = list(cast("Mapping[str, object]", tokens).values()) if isinstance(tokens, Mapping) else [tokens]
+    if tokens is not None and not all(_is_list(one, int) for one in lists):
+        problems.add(
+            f"trainable_token_indices must be a list of tokens, or one for each module, got {tokens!r}"
+        )
+
+
+def _is_list(value: object, kind: type) -> bool:
+    """A list of this very type; a token index is not negative."""
+    if not isinstance(value, list):
+        return False
+    items = cast("list[object]", value)
+    return all(type(one) is kind and (not isinstance(one, int) or one >= 0) for one in items)
 
 
 def _judge_pattern(value: object, key: str, problems: Problems) -> None:
