@@ -18,6 +18,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "graft"
 ROOMS = {
     "numbers": "errors layout rounding kernel kernel.build checksum delta undo",
     "carrier": "adapter algebra dora",
+    "engines": "engines engines.*",
     "model": "kinds options shadow branches adapted attach layers targets fusing model verify_model",
     "storage": "safetensors_header pickled mapped atomic checkpoint tensors",
     "formats": "bind bind_* formats formats.*",
@@ -30,11 +31,12 @@ ROOMS = {
 BELOW = {
     "numbers": "",
     "carrier": "numbers",
-    "model": "numbers carrier",
+    "engines": "numbers",
+    "model": "numbers carrier engines",
     "storage": "numbers",
     "formats": "numbers carrier storage",
     "files": "numbers carrier storage formats",
-    "bridge": "numbers carrier model storage formats",
+    "bridge": "numbers carrier engines model storage formats",
     "cli": "numbers carrier storage formats files",
 }
 

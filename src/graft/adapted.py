@@ -13,6 +13,7 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar, cast
 
 import torch
@@ -183,7 +184,7 @@ def register(plain: type[nn.Module], adapted: type[Adapted]) -> None:
 def adapted_class(plain: type[nn.Module]) -> type[Adapted]:
     """The one subclass ``(Adapted, plain)``; equal for every instance, so torch.compile compiles once."""
     # the public layers must be registered first: a pickle may be the first to need this module
-    from . import layers as _  # noqa: F401
+    import_module(f"{__package__}.layers")
 
     if plain not in _CLASSES:
         made = type(f"LoRA{plain.__name__}", (Adapted, plain), {"__module__": plain.__module__})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import StateError
-from . import Part
+from .protocol import Part
 
 
 def recognises(parameter: torch.Tensor) -> bool:
