@@ -134,3 +134,9 @@ def test_last_file_appears_with_the_directory(
     assert seen == [not links, True]
     assert _left(out) == ["config.json"] and not (out / "config.json").is_symlink()
     assert _left(tmp_path) == ["out"]
+
+
+def test_parents_vanish_too(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "a" / "b" / "out"):
+        raise RuntimeError
+    assert _left(tmp_path) == []

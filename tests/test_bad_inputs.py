@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from click.testing import CliRunner, Result
 from graft.cli.app import cli
 
 from .bad_cases import ADAPTER, CASES, REPAIRED, Case
-from .pairs import Pair, snapshot, write_pair
+from .pairs import Pair, edit_json, snapshot, write_pair
 
 
 @pytest.fixture
@@ -104,3 +106,55 @@ def test_inspect_never_ends_in_a_traceback(case: Case, pair: Pair) -> None:
     result = run(["inspect", str(pair.adapter)])
     assert result.exit_code == 0 or (result.exit_code == 2 and "error: " in result.stderr), result.output
     assert snapshot(pair.root) == before
+
+
+ODD = [
+    *(None, True, -1, 0, 2.5, 10**30, float("nan"), float("inf"), "", "x"),
+    *(
+        [],
+        [1],
+        ["q_proj"],
+        [[1]],
+        {},
+        {"q_proj": None},
+        {"q_proj": "8"},
+        {"*bad[": 4},
+        {"": 2},
+        {"q_proj": [1]},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("r", "lora_alpha", "peft_type", "bias", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+        *("fan_in_fan_out", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"),
+        *("init_lora_weights", "peft_version", "base_model_name_or_path", "layer_replication"),
+    ],
+)
+def test_odd_settings_never_end_in_a_traceback(key: str, pair: Pair) -> None:
+    whole = pair.settings.read_bytes()
+    for value in ODD:
+        edit_json(pair.settings, lambda config, value=value: config.__setitem__(key, value))
+        result = run(["inspect", str(pair.adapter)])
+        assert result.exit_code in (0, 2), (value, result.output)
+        pair.settings.write_bytes(whole)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_bytes_never_end_in_a_traceback(seed: int, pair: Pair) -> None:
+    """Random damage to headers and tables; a change of the numbers alone may pass."""
+    dice = random.Random(seed)
+    files = [pair.weights, pair.shards[0], pair.settings, pair.index, pair.base / "config.json"]
+    for _ in range(30):
+        file = dice.choice(files)
+        whole = file.read_bytes()
+        at = dice.randrange(min(len(whole), 1500))
+        junk = bytes(dice.choices(b'0123456789{}[]",:e-\xff\x00', k=dice.choice([0, 1, 4])))
+        file.write_bytes(whole[:at] + junk + whole[at + dice.choice([0, 1, 4, 100]) :])
+        result = run(pair.call)
+        assert result.exit_code in (0, 2), (file.name, at, junk, result.output)
+        assert pair.out.exists() == (result.exit_code == 0)
+        shutil.rmtree(pair.out, ignore_errors=True)
+        file.write_bytes(whole)

@@ -64,5 +64,5 @@ def test_ctrl_c_of_the_real_command(pair: Pair) -> None:
             time.sleep(0.0005)
         run.send_signal(signal.SIGINT)
         stdout, stderr = run.communicate(timeout=60)
-    assert (run.returncode, stdout, stderr) == (130, "", "interrupted: nothing was written\n")
+    assert (run.returncode, stdout, stderr) == (130, "", "interrupted: no half-written output is left\n")
     assert snapshot(pair.root) == before

@@ -22,7 +22,7 @@ from .errors import OutputError
 #: files that make a directory recognisable as a model or an adapter, so that --force may replace it
 _MARKS = ("graft.json", "config.json", "adapter_config.json", "adapter_model.safetensors")
 _LAST = ".graft-last."
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -43,6 +43,7 @@ def atomic_directory(out: Path, *, force: bool = False) -> Generator[Path, None,
     out = out.absolute()
     check_out(out, force=force)
     staging = out.parent / f".{out.name[:100]}.graft-{os.getpid()}-{secrets.token_hex(4)}"
+    missing = [parent for parent in out.parents if not parent.exists()]
     lock: int | None = None
     try:
         with output_errors(out):
@@ -61,6 +62,9 @@ def atomic_directory(out: Path, *, force: bool = False) -> Generator[Path, None,
         _remove(staging)
         if lock is not None:
             os.close(lock)
+        for parent in missing:  # deepest first; those that hold something stay
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def last(staging: Path, name: str) -> Path:

@@ -85,7 +85,7 @@ def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> tuple[int,
         (errors.FormatError("bad file"), 2, "error: bad file\n"),
         (errors.OutputError("taken"), 2, "error: taken\n"),
         (errors.VerifyError("differs"), 1, "error: differs\n"),
-        (KeyboardInterrupt(), 130, "interrupted: nothing was written\n"),
+        (KeyboardInterrupt(), 130, "interrupted: no half-written output is left\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: Permission denied: /x\n"),
     ],
 )

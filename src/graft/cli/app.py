@@ -25,7 +25,7 @@ Exit codes:
   1    graft verify: OUT is not BASE + ADAPTER
   2    a mistake in the input or the call; one message on stderr says what
        and how to mend it, and nothing was written
-  130  interrupted (143 when terminated); nothing was written
+  130  interrupted (143 when terminated); no half-written output is left
 """
 
 
@@ -60,7 +60,7 @@ class GraftGroup(click.Group):
             try:
                 return super().main(*args, **kwargs)
             except Stopped as stop:
-                click.echo("interrupted: nothing was written", err=True)
+                click.echo("interrupted: no half-written output is left", err=True)
                 sys.exit(stop.exit_code)
 
     def invoke(self, ctx: click.Context) -> Any:
