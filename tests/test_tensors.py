@@ -200,7 +200,7 @@ BROKEN_MODELS = {
     "missing shard": (lambda f: (f / FIRST).unlink(), "is missing"),
     "parent": (lambda f: _edit_index(f, b="../b.safetensors"), "outside the folder"),
     "absolute": (lambda f: _edit_index(f, b="/tmp/b.safetensors"), "outside the folder"),
-    "number": (lambda f: _edit_index(f, b=3), "outside the folder"),
+    "number": (lambda f: _edit_index(f, b=3), "shard 3 is missing"),
     "wrong shard": (lambda f: _edit_index(f, b=FIRST), "b is not in model-00001"),
     "ghost": (lambda f: _edit_index(f, ghost=FIRST), "ghost is not in"),
     "not indexed": (lambda f: _edit_index(f, b=None, c="model-00002-of-00002.safetensors"), "nothing of it"),

@@ -13,12 +13,15 @@ from typing import Protocol, TypeVar, cast
 
 import torch
 
+from .. import kernel
 from ..adapter import LowRank
 from ..delta import Delta, Term
 from ..rounding import WEIGHT_DTYPES, round_once
 
 #: fp32 factors of one tensor up to this many bytes are kept while it is streamed; larger ones are cut
 _WHOLE = 6 << 20
+#: elements that are computed at once without the kernel
+_PLAIN = 1 << 16
 
 
 class Op(Protocol):
@@ -48,10 +51,13 @@ class Add:
 
     def apply(self, src: torch.Tensor, dst: torch.Tensor, start: int) -> int:
         rows = start // self._width, -(-(start + src.numel()) // self._width)
-        if src.dtype == dst.dtype:
-            return self._delta(*rows).add(src, dst, start=start, threads=1)
-        self._delta(*rows).add(src, dst, start=start, threads=1)
-        return broken(src, dst)
+        delta, count = self._delta(*rows), 0
+        # torch's way needs many temporaries of a block, so its blocks are small.
+        step = src.numel() if kernel.usable(src) else _PLAIN
+        for at in range(0, src.numel(), max(1, step)):
+            part = slice(at, at + step)
+            count += delta.add(src[part], dst[part], start=start + at, threads=1)
+        return count if src.dtype == dst.dtype else broken(src, dst)
 
 
 class Rows:

@@ -8,7 +8,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Condition, Event, Lock, Thread
 
 import torch
 
@@ -56,10 +56,7 @@ def stream(
                     progress(state.done, total)
     finally:
         # An interrupt must not leave threads that write into a directory which is being removed.
-        state.stop.set()
-        for one in team:
-            if one.ident is not None:
-                one.join()
+        state.finish()
     if state.error is not None:
         raise state.error
     if progress is not None:
@@ -78,31 +75,50 @@ class _State:
         self.done, self.total = 0, total
         self.error: BaseException | None = None
         self.stop = Event()
+        self._idle, self._running = Condition(), 0
+
+    def finish(self) -> None:
+        """Stop, and wait for the threads in work; one that begins later finds nothing to do."""
+        with self._idle:
+            self.stop.set()
+            while self._running:
+                self._idle.wait()
 
     def work(self, sink: Sink, chunk: int) -> None:
         """One thread: take the next chunk until none is left."""
-        # Page-aligned, so that a file system may take the bytes without copying them.
-        buffer = mmap.mmap(-1, chunk)
-        bytes_ = torch.frombuffer(buffer, dtype=torch.uint8)
-        view = memoryview(buffer)
+        with self._idle:
+            if self.stop.is_set():
+                return
+            self._running += 1
         try:
-            while not self.stop.is_set():
-                with self._lock:
-                    job = next(self._jobs, None)
-                if job is None:
-                    return
-                shard, at = job
-                count = min(chunk, shard.size - at)
-                before, after = shard.fill(bytes_[:count], at)
-                sink(shard, at, bytes_[:count], view[:count])
-                with self._lock:
-                    shard.read += before
-                    shard.written += after
-                    self.done += count
+            self._loop(sink, chunk)
         except BaseException as error:
             with self._lock:
                 self.error = self.error or error
             self.stop.set()
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
+
+    def _loop(self, sink: Sink, chunk: int) -> None:
+        # Page-aligned, so that a file system may take the bytes without copying them.
+        buffer = mmap.mmap(-1, chunk)
+        bytes_ = torch.frombuffer(buffer, dtype=torch.uint8)
+        view = memoryview(buffer)
+        while not self.stop.is_set():
+            with self._lock:
+                job = next(self._jobs, None)
+            if job is None:
+                return
+            shard, at = job
+            count = min(chunk, shard.size - at)
+            before, after = shard.fill(bytes_[:count], at)
+            sink(shard, at, bytes_[:count], view[:count])
+            with self._lock:
+                shard.read += before
+                shard.written += after
+                self.done += count
 
 
 class Writer:
