@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..fuse_files import FuseReport
 
 
-@click.command()
+@click.command(short_help="Write BASE + ADAPTER to OUT as one model.")
 @click.argument("base")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     metavar="NUMBER",
     default="1",
     show_default=True,
-    help="Multiply ΔW by this: 0.5 fuses half of it, −1 takes it away.",
+    help="Multiply ΔW by this: 0.5 fuses half of it, -1 takes it away.",
 )
 @click.option(
     "--alpha",

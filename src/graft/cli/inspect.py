@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..inspect_files import AdapterReport, ModelReport, SiteReport
 
 
-@click.command()
+@click.command(short_help="Show what an adapter or a model holds.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--alpha",

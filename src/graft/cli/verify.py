@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..verify_files import VerifyReport
 
 
-@click.command()
+@click.command(short_help="Prove that OUT is BASE + ADAPTER.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="The base that OUT was fused from: a directory or a hub id.")
 @click.option("--adapter", required=True, type=click.Path(path_type=Path), help="The adapter that was fused.")
