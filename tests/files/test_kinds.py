@@ -222,3 +222,64 @@ def test_packed_experts_in_files_of_single_ones(tmp_path: Path) -> None:
     got = MixtralForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in make.merged(adapted).items():
         torch.testing.assert_close(got[name], tensor, rtol=2e-5, atol=2e-6)
+
+
+class Lora(nn.Module):
+    def __init__(self) -> None:
+        import loralib
+
+        super().__init__()
+        self.lin = loralib.Linear(12, 10, r=3, lora_alpha=6)
+        self.qkv = loralib.MergedLinear(12, 36, r=3, lora_alpha=6, enable_lora=[True, False, True])
+        self.emb = loralib.Embedding(20, 8, r=3, lora_alpha=6)
+        self.conv = loralib.Conv2d(4, 6, 3, r=3, lora_alpha=6)
+
+
+def test_loralib(tmp_path: Path) -> None:
+    """Against what loralib itself merges into the weights on ``.eval()``."""
+    import loralib
+
+    from graft.tensors import save_file
+
+    torch.manual_seed(0)
+    model = Lora().train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    (tmp_path / "base").mkdir()
+    plain = {n: t.detach().clone() for n, t in model.state_dict().items() if "lora_" not in n}
+    save_file(plain, tmp_path / "base" / "model.safetensors")
+    torch.save(loralib.lora_state_dict(model), tmp_path / "lora.pt")
+    switches = {"qkv": [True, False, True]}
+    fuse(tmp_path / "base", tmp_path / "lora.pt", tmp_path / "out", alpha=6, enable_lora=switches)
+    verify(tmp_path / "out", tmp_path / "base", tmp_path / "lora.pt")
+    got = make.tensors(tmp_path / "out")
+    model.eval()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=2e-5, atol=2e-6)
+        assert torch.equal(tensor, plain[name]) == name.endswith("bias"), name
+
+
+def test_multihead_attention(tmp_path: Path) -> None:
+    """PEFT adds out_proj's update twice in forward; the file says it once, and once it is fused."""
+    from graft.rounding import round_once
+    from graft.tensors import save_file
+
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("attn", nn.MultiheadAttention(12, 3))
+    (tmp_path / "base").mkdir()
+    plain = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    save_file(plain, tmp_path / "base" / "model.safetensors")
+    make.peft(model, tmp_path / "adapter", target_modules=["attn"])
+    report = fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert any("twice" in note for note in report.notes), report.notes
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    got = make.tensors(tmp_path / "out")
+    for name, key in (
+        ("attn.in_proj_weight", "attn."),
+        ("attn.out_proj.weight", "attn.base_layer.out_proj."),
+    ):
+        a, b = (held[f"base_model.model.{key}lora_{x}.weight"].double() for x in "AB")
+        assert torch.equal(got[name], round_once(plain[name].double() + 7 / 3 * (b @ a), torch.float32))
