@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "graft"
 #: Room → its modules. docs/architecture.md draws the same map; a new module gets a place in both.
 ROOMS = {
     "numbers": "errors layout rounding kernel kernel.build checksum delta undo",
-    "carrier": "adapter algebra dora",
+    "carrier": "adapter algebra dora fingerprint",
     "engines": "engines engines.*",
     "model": "kinds options shadow branches adapted attach layers targets fusing model verify_model",
     "storage": "safetensors_header pickled mapped atomic checkpoint tensors",

@@ -69,6 +69,7 @@ class Adapter:
         format: the format it was read from.
         config: the format's own configuration, as read, for round trips.
         notes: sentences for the user: what was repaired or is unusual.
+        base: fingerprints of the adapted weights (:mod:`graft.fingerprint`), by parameter; empty if unknown.
         unmatched: settings of the file that match none of its modules; if names must be repaired, they
             might have meant one.
     """
@@ -81,6 +82,7 @@ class Adapter:
     config: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
+    base: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def touched(self) -> set[str]:

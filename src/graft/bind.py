@@ -127,7 +127,8 @@ class _Binder:
             check_rows(name, indices, tensor, shapes, sites, problems)
         problems.raise_if_any(_MEND)
         notes = (*adapter.notes, *self._base_note(adapter))
-        return replace(adapter, sites=sites, replace=full, shift=shift, rows=rows, notes=notes)
+        seen = {found[key][0]: told for key, told in adapter.base.items() if len(found.get(key, ())) == 1}
+        return replace(adapter, sites=sites, replace=full, shift=shift, rows=rows, notes=notes, base=seen)
 
     def _sites(
         self,

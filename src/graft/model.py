@@ -12,7 +12,9 @@ from torch import nn
 from .adapted import NO_ADAPTER, Adapted, Site, factor_names, factors, slots_of
 from .adapter import Adapter, LowRank
 from .attach import all_or_nothing, attach, attach_readers, detach, release, sites
+from .engines import engine_of
 from .errors import Problems, StateError, TargetError
+from .fingerprint import fingerprint
 from .fusing import fuse as fuse_sites
 from .fusing import unfuse
 from .kinds import kind_of, natural_layout
@@ -224,7 +226,19 @@ def adapter_of(model: nn.Module, *, trained: bool = True) -> Adapter:
         )
     if not found:
         raise StateError(NO_ADAPTER)
-    return Adapter(found, replace=trained_parameters(model) if trained else {}, format="graft")
+    full = trained_parameters(model) if trained else {}
+    return Adapter(found, replace=full, format="graft", base=_fingerprints(model))
+
+
+def _fingerprints(model: nn.Module) -> dict[str, str]:
+    """Of the adapted weights that are here in full and unfused."""
+    known: dict[str, str] = {}
+    for name, (module, parameter) in sites(model).items():
+        weight = getattr(module, parameter)
+        fused = cast(Adapted, module).graft_slots[parameter].site.fusion is not None
+        if engine_of(weight).name == "plain" and not fused and not weight.is_meta:
+            known[name] = fingerprint(weight)
+    return known
 
 
 def _check_freeze(model: nn.Module, bias: str, train: Patterns | None) -> None:

@@ -6,6 +6,8 @@ import torch
 
 from ...adapter import Adapter, LowRank
 from ...errors import FormatError
+from ...fingerprint import loads
+from ...tensors import metadata
 from ..ledger import Ledger, listed
 from ..source import Source
 from . import config as peft_config
@@ -70,8 +72,12 @@ class _Reader:
         return Adapter(
             self.sites, self.replace, self.shift, self.rows,
             format="peft", config=dict(self.source.config or {}), notes=tuple(self.notes),
-            unmatched=tuple(self.unmatched),
+            unmatched=tuple(self.unmatched), base=self._fingerprints(),
         )  # fmt: skip
+
+    def _fingerprints(self) -> dict[str, str]:
+        weights = self.source.weights
+        return loads(metadata(weights)) if weights.suffix == ".safetensors" else {}
 
     def _one_adapter(self) -> None:
         names = sorted({k.adapter for k in self.keys if k.adapter})

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...adapter import Adapter
+from ...fingerprint import dumps
 from ...tensors import atomic_directory, save_file
 from .collect import Files, collect
 
@@ -32,7 +33,9 @@ def write(adapter: Adapter, path: Path, base_name: str | None, extra: Mapping[st
     files = collect(adapter)
     config = {**_config(adapter, files, base_name), **extra}
     with atomic_directory(path) as staging:
-        save_file(files.tensors, staging / "adapter_model.safetensors", {"format": "pt"})
+        save_file(
+            files.tensors, staging / "adapter_model.safetensors", {"format": "pt", **dumps(adapter.base)}
+        )
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (staging / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     return files.notes
