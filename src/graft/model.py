@@ -235,7 +235,7 @@ def _fingerprints(model: nn.Module) -> dict[str, str]:
     known: dict[str, str] = {}
     for name, (module, parameter) in sites(model).items():
         weight = getattr(module, parameter)
-        fused = cast(Adapted, module).graft_slots[parameter].site.fusion is not None
+        fused = module.graft_slots[parameter].site.fusion is not None
         if engine_of(weight).name == "plain" and not fused and not weight.is_meta:
             known[name] = fingerprint(weight)
     return known
