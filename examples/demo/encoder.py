@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -58,26 +60,33 @@ def score(encoder: Encoder, requests: Sequence[Request]) -> float:
     return right / len(requests)
 
 
-def train(encoder: Encoder, steps: int, seed: int) -> Iterator[float]:
+def train(encoder: Encoder, steps: int, seconds: float, seed: int) -> Iterator[float]:
     """Contrastive training of every parameter that requires a gradient; yields the loss of each step.
 
     A sentence must be nearer to its own paraphrase than to any other sentence of the batch, of which
-    one asks for the very opposite (InfoNCE, van den Oord et al. 2018).
+    one asks for the very opposite (InfoNCE, van den Oord et al. 2018). Ends after so many steps or
+    seconds, whichever is first; the learning rate falls to zero towards that end.
     """
-    rng = random.Random(seed)
+    rng, started = random.Random(seed), time.perf_counter()
     trained = [p for p in encoder.model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        said, again = batch(rng, THINGS_PER_STEP)
-        vectors = encoder([*said, *again])
-        a, b = vectors[: len(said)], vectors[len(said) :]
-        own = torch.eye(len(said), dtype=torch.bool)
-        others = (a @ a.T).masked_fill(own, -torch.inf)
-        logits = torch.cat([a @ b.T, others], dim=1) / TEMPERATURE
-        loss = nn.functional.cross_entropy(logits, torch.arange(len(said)))
+    optimiser = torch.optim.AdamW(trained, weight_decay=0.0)
+    for step in range(steps):
+        done = max((step + 0.5) / steps, (time.perf_counter() - started) / seconds)
+        if done >= 1:
+            return
+        for group in optimiser.param_groups:
+            group["lr"] = LEARNING_RATE * min(done / 0.1, math.cos(math.pi / 2 * done) ** 2)
+        loss = contrast(encoder, *batch(rng, THINGS_PER_STEP))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        schedule.step()
         yield loss.item()
+
+
+def contrast(encoder: Encoder, said: Sequence[str], again: Sequence[str]) -> torch.Tensor:
+    """The loss of one batch: each of ``said`` has to find its paraphrase in ``again``."""
+    vectors = encoder([*said, *again])
+    a, b = vectors[: len(said)], vectors[len(said) :]
+    others = (a @ a.T).masked_fill(torch.eye(len(said), dtype=torch.bool), -torch.inf)
+    logits = torch.cat([a @ b.T, others], dim=1) / TEMPERATURE
+    return nn.functional.cross_entropy(logits, torch.arange(len(said)))
