@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
 
@@ -13,9 +15,29 @@ from .errors import FormatError
 from .safetensors_header import refuse_stub
 
 
-def load_pickled(path: Path) -> object:
+class Inert:
+    """Stands for an object of a class that is not wanted; whatever the pickle does to it does nothing."""
+
+    args: tuple[object, ...] = ()
+
+    def __new__(cls, *args: object, **_: object) -> Inert:
+        found = super().__new__(cls)
+        found.args = args
+        return found
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def load_pickled(path: Path, inert: Sequence[str] = ()) -> object:
     """What a .bin / .pt / .pth file holds, tensors on the CPU, mapped from the file if it is a zip.
 
+    Args:
+        inert: beginnings of dotted names; an object of such a class becomes an :class:`Inert`, and the
+            class is neither imported nor called.
     Raises:
         FormatError: empty, an LFS pointer, damaged, or a pickle that weights_only refuses.
     """
@@ -24,7 +46,8 @@ def load_pickled(path: Path) -> object:
             start = f.read(32)
         refuse_stub(path, start, path.stat().st_size)
         zipped = start.startswith(b"PK")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with _stand_ins(path, inert if zipped else ()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FormatError:
         raise
     except FileNotFoundError:
@@ -60,6 +83,13 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         )
     tensors = cast("dict[str, torch.Tensor]", table)
     return {name: t.detach() for name, t in tensors.items()}
+
+
+def _stand_ins(path: Path, inert: Sequence[str]) -> AbstractContextManager[object]:
+    """While it is open, names that begin so are allowed, and mean :class:`Inert`."""
+    names: Iterable[str] = torch.serialization.get_unsafe_globals_in_checkpoint(path) if inert else ()
+    chosen = [name for name in names if name.startswith(tuple(inert))]
+    return torch.serialization.safe_globals([(Inert, name) for name in chosen])
 
 
 def _unreadable(path: Path, why: str) -> FormatError:

@@ -1,0 +1,167 @@
+"""Write real checkpoints: ``python -m tests.checkpoints.write FOLDER WORLD``, WORLD processes in one group.
+
+Each variant is a folder ``NAME-WORLD`` beside ``NAME-WORLD.oracle.pt``, what DeepSpeed's own converter makes
+of it (absent where that fails), and ``NAME-WORLD.engine.pt``, the engine's own weights in low precision.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tests.checkpoints import models
+
+Step = Callable[[nn.Module, int], torch.Tensor]
+
+
+def main(folder: Path, world: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.spawn(_work, (world, folder, _free_port()), nprocs=world)  # type: ignore[attr-defined]
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _work(rank: int, world: int, folder: Path, port: int) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank), LOCAL_SIZE=str(world), DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for half a minute
+    deepspeed.init_distributed("gloo")
+    for name, make in _variants(world).items():
+        _one(folder / f"{name}-{world}", make)
+    if world == 2:
+        from tests.checkpoints import lightning
+
+        for stage in (2, 3):
+            lightning.write(folder, stage, world)
+
+
+Made = tuple[nn.Module, list[dict[str, object]] | None, dict[str, object], bool]
+
+
+def _variants(world: int) -> dict[str, Callable[[], Made]]:
+    bf16, fp32 = {"bf16": {"enabled": True}}, {}
+    found: dict[str, Callable[[], Made]] = {}
+    for stage in (1, 2, 3):
+        found[f"odd-{stage}-bf16"] = lambda stage=stage: _odd(stage, bf16)
+        if world == 2:
+            found[f"odd-{stage}-fp32"] = lambda stage=stage: _odd(stage, fp32)
+            found[f"odd-{stage}-lean"] = lambda stage=stage: _odd(stage, bf16, lean=True)
+            found[f"peft-{stage}"] = lambda stage=stage: _peft(stage, models.PEFT)
+    found["groups-3"] = lambda: _odd(3, bf16, {"sub_group_size": 20})
+    if world == 2:
+        grad = {"data_types": {"grad_accum_dtype": "fp32"}}
+        found["odd-1-wide"] = lambda: _odd(1, {**bf16, **grad})
+        found["odd-0"] = lambda: _odd(0, bf16)
+        found["peft-3-lean"] = lambda: _peft(3, models.PEFT, lean=True)
+        found["peft-3-more"] = lambda: _peft(3, models.PEFT_MORE)
+        found["peft-3-fp32"] = lambda: _peft(3, models.PEFT, dtype=torch.float32)
+        found["graft-2"] = lambda: _graft(2)
+        found["graft-3"] = lambda: _graft(3)
+    else:
+        found["peft-3"] = lambda: _peft(3, models.PEFT)
+    return found
+
+
+def config(stage: int, more: dict[str, object], zero: dict[str, object] | None = None) -> dict[str, object]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **(zero or {})},
+        **more,
+    }
+
+
+def _odd(
+    stage: int, more: dict[str, object], zero: dict[str, object] | None = None, lean: bool = False
+) -> Made:
+    model = models.Odd()
+    return model, model.groups(), config(stage, more, zero), lean
+
+
+def _peft(
+    stage: int, lora: dict[str, object], dtype: torch.dtype = torch.bfloat16, lean: bool = False
+) -> Made:
+    model = models.with_peft(models.llama(dtype=dtype), **lora)
+    more = {"bf16": {"enabled": True}} if dtype == torch.bfloat16 else {}
+    return model, None, config(stage, more), lean
+
+
+def _graft(stage: int) -> Made:
+    import graft
+
+    model = models.llama()
+    graft.adapt(model, ["q_proj", "down_proj"], rank=3, alpha=8, train=["norm"], quiet=True)
+    return model, None, config(stage, {"bf16": {"enabled": True}}), False
+
+
+def _one(path: Path, make: Callable[[], Made]) -> None:
+    import deepspeed
+
+    model, groups, settings, lean = make()
+    trained = groups or [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    for step in range(2):
+        engine.backward(loss_of(engine, step + engine.global_rank))
+        engine.step()
+    engine.save_checkpoint(str(path), tag=f"global_step{engine.global_steps}", exclude_frozen_parameters=lean)
+    weights = _gathered(model)
+    if engine.global_rank == 0:
+        torch.save(weights, path.with_name(f"{path.name}.engine.pt"))
+        oracle(path, path.with_name(f"{path.name}.oracle.pt"))
+    engine.destroy()
+    torch.distributed.barrier()
+
+
+def loss_of(engine: nn.Module, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if hasattr(engine, "groups") or isinstance(getattr(engine, "module", None), models.Odd):
+        return engine(torch.randint(0, 11, (6,), generator=generator))
+    ids = torch.randint(0, 37, (2, 9), generator=generator)
+    return engine(input_ids=ids, labels=ids).loss
+
+
+def _gathered(model: nn.Module) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    named = dict(model.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(named.values())):
+        found = {name: p.detach().clone() for name, p in named.items()}
+    return {**found, **{name: b.clone() for name, b in model.named_buffers()}}
+
+
+def oracle(path: Path, out: Path) -> None:
+    """What DeepSpeed's own converter makes of the checkpoint; a .txt with its error where it fails."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        state = get_fp32_state_dict_from_zero_checkpoint(str(path))
+    except Exception as error:
+        out.with_suffix(".txt").write_text(json.dumps(repr(error)))
+        return
+    torch.save({name: t.clone() for name, t in state.items()}, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
