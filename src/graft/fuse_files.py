@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import kernel
+from . import fingerprint, kernel
 from .errors import GraftError
 from .files import inputs
 from .files.loss import Loss, measure
@@ -80,6 +80,7 @@ def fuse(
     adapter_config: Path | None = None,
     tied: str | None = None,
     again: bool = False,
+    other_base: bool = False,
     enable_lora: EnableLora | None = None,
 ) -> FuseReport:
     """Write base + adapter to ``out`` as a Hugging Face directory.
@@ -102,6 +103,7 @@ def fuse(
         adapter_config: the adapter's json, if it does not lie beside the weights.
         tied: what an update of an output head that is tied to the embedding does: ``untie`` or ``shared``.
         again: fuse an adapter although the base's provenance says that it holds it already.
+        other_base: fuse into this base although the adapter's fingerprints name another.
         enable_lora: for loralib's MergedLinear, as :func:`graft.formats.read` takes it.
     Raises:
         GraftError: one message that says what is wrong and what mends it; nothing was written.
@@ -119,6 +121,8 @@ def fuse(
     identity = identity_of(inputs.adapter_files(adapter, adapter_config), threads)
     refuse_twice(found, identity, again)
     job = inputs.fit(found, read, scale=scale, choice=tied)
+    if not other_base:
+        fingerprint.check(job.adapter.base, lambda name: found.read(name) if name in found.entries else None)
     wanted = Wanted(DTYPES[dtype] if dtype else None, max_shard_size, job.parts, job.added)
     plan = make_plan(found, job.adapter, wanted)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,9 @@ from torch import nn
 from .adapted import Site, factor_names, factors, slots_of
 from .adapter import Adapter, LowRank
 from .attach import all_or_nothing, release, sites
+from .engines import engine_of
 from .errors import BaseMismatchError, FormatError, GraftError, Problems
+from .fingerprint import check
 from .kinds import stored_transposed
 from .layout import Layout
 from .model import AdaptReport, adapter_of, attach_target, factor_parameters, freeze, report_of
@@ -57,6 +59,7 @@ def load(
     alpha: float | None = None,
     dropout: float = 0.0,
     replace: bool = False,
+    other_base: bool = False,
     quiet: bool = False,
 ) -> AdaptReport:
     """Load an adapter file of any known format into a model, which is adapted for it if it is not yet.
@@ -69,6 +72,7 @@ def load(
     Args:
         format, alpha: as for ``graft fuse``: the format's name, and alpha where files do not carry it.
         dropout: of the sites that are made here; files of most formats do not decide it.
+        other_base: load it although its fingerprints name another base.
     Raises:
         FormatError: not an adapter, or one that cannot be run in memory (DoRA, lora_bias).
         BaseMismatchError: an adapter for another base or other sites; nothing was changed.
@@ -85,6 +89,8 @@ def load(
         adapter, {n: t.shape for n, t in _stored(model).items()}, config=about, transposed=_teller(inventory)
     )
     _refuse_unrunnable(bound)
+    if not other_base:
+        check(bound.base, _present(model))
     _check_full(model, bound)
     fresh = not sites(model)
     if fresh or replace:
@@ -101,6 +107,20 @@ def load(
     if not quiet:
         print("\n".join([str(report), *(f"  {note}" for note in bound.notes)]))
     return report
+
+
+def _present(model: nn.Module) -> Callable[[str], torch.Tensor | None]:
+    """A base weight that is here in full and unfused; else None."""
+    stored = _stored(model)
+    fused = {n for n, (m, p) in sites(model).items() if slots_of(m)[p].site.fusion is not None}
+
+    def weight(name: str) -> torch.Tensor | None:
+        found = stored.get(name)
+        if found is None or name in fused or found.is_meta or engine_of(found).name != "plain":
+            return None
+        return found
+
+    return weight
 
 
 def _stored(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -75,6 +75,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Fuse an adapter that BASE holds already by its own graft.json: ΔW is added once more.",
 )
+@click.option(
+    "--other-base",
+    is_flag=True,
+    help="Fuse into BASE although the adapter was saved with other weights of the same names.",
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists and is a model; it stays until then.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress bar.")
