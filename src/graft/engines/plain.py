@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import StateError
+from ..layout import Layout
 from .protocol import Part
 
 
@@ -35,8 +36,16 @@ class Plain:
         (whole,) = pieces
         return whole
 
+    def place(
+        self, weight: torch.Tensor, layout: Layout, a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return a, b
+
     def agree(self, ok: bool) -> bool:
         return ok
+
+    def same(self, text: str) -> bool:
+        return True
 
     def is_writer(self) -> bool:
         return True

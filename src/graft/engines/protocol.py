@@ -61,8 +61,21 @@ class Engine(Protocol):
         """The whole weight from new values of every process's parts, on the writer; else None. Collective."""
         ...
 
+    def place(
+        self, weight: torch.Tensor, layout: Layout, a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whole new factors as this engine keeps them beside the weight: the writer's values. Collective.
+
+        A is split where the weight is split on ``in``, B where it is split on ``out`` (aligned factors).
+        """
+        ...
+
     def agree(self, ok: bool) -> bool:
         """Whether all processes say yes. Collective."""
+        ...
+
+    def same(self, text: str) -> bool:
+        """Whether all processes give the same text. Collective."""
         ...
 
     def is_writer(self) -> bool:
