@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,20 +12,29 @@ import torch
 from torch import nn
 
 from .adapted import factor_names, slots_of
-from .attach import plain_class
+from .attach import own_class
+from .engines import Engine, engine_of
+from .engines.wrappers import Together, is_spread, team_of, together, unwrap
 from .errors import OutputError, StateError
-from .fusing import Held, held_sites, whole_weight
+from .fusing import Held, effective_weight, held_sites
 
-Make = Callable[[], torch.Tensor]
+#: the tensor, on the process that writes; None on the others, which call it in the same order
+Make = Callable[[], "torch.Tensor | None"]
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the output before names are converted: how it looks, and how to make it."""
+    """One tensor of the output before names are converted: how it looks, and how to make it.
+
+    Args:
+        like: a meta tensor of the global shape.
+        same: equal for tensors that are one in memory.
+    """
 
     like: torch.Tensor
     dtype: torch.dtype
     make: Make
+    same: tuple[Any, ...] = ()
 
 
 @torch.no_grad()
@@ -45,6 +54,10 @@ def export(
     ``from_pretrained``; of any other module the safetensors alone are written. One adapted weight is in
     memory at a time. The directory appears whole or not at all.
 
+    Given an engine (DeepSpeed, DDP) or a model whose parameters are spread over processes, every process
+    calls this with the same arguments. The first one writes; weights travel to it one by one, so no
+    process holds more than one whole weight. If one fails, all raise.
+
     Args:
         tokenizer: anything with ``save_pretrained``; written beside the model.
         dtype: of all floating-point parameters; each rounded once. The model's own when None.
@@ -57,17 +70,43 @@ def export(
     from .atomic import atomic_directory
     from .tensors import write_shards
 
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise StateError("the model is quantised; load the base unquantised to export W + ΔW")
-    out = Path(path)
-    tensors = _convert(model, _without_tied(model, _plan(model, dtype)))
-    items = [(name, tuple(t.like.shape), t.dtype, t.make) for name, t in tensors.items()]
-    with atomic_directory(out, force=force) as folder:
-        write_shards(folder, items, max_shard_size=max_shard_size, metadata={"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
-        _write_config(model, folder, dtype)
+    team, model, out = team_of(model), unwrap(model), Path(path)
+    with together(team) as work:
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise StateError("the model is quantised; load the base unquantised to export W + ΔW")
+        tensors = _convert(model, _without_tied(model, _plan(model, dtype)), team.is_writer())
+        makes = {name: _stepping(t.make, work) for name, t in tensors.items()}
+        if not team.is_writer():
+            for make in makes.values() if is_spread(team) else ():
+                make()
+            return out
+        items = [(name, tuple(t.like.shape), t.dtype, _whole(makes[name])) for name, t in tensors.items()]
+        with atomic_directory(out, force=force) as folder:
+            write_shards(folder, items, max_shard_size=max_shard_size, metadata={"format": "pt"})
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(folder))
+            _write_config(model, folder, dtype)
     return out
+
+
+def _stepping(make: Make, work: Together) -> Make:
+    """``make``, begun only if no process has failed since the last; whole replicas need not ask."""
+
+    def step() -> torch.Tensor | None:
+        if is_spread(work.team):
+            work.step()
+        return make()
+
+    return step
+
+
+def _whole(make: Make) -> Callable[[], torch.Tensor]:
+    def made() -> torch.Tensor:
+        tensor = make()
+        assert tensor is not None
+        return tensor
+
+    return made
 
 
 def _plan(model: nn.Module, dtype: torch.dtype | None) -> dict[str, _Tensor]:
@@ -82,18 +121,35 @@ def _plan(model: nn.Module, dtype: torch.dtype | None) -> dict[str, _Tensor]:
             continue
         if not isinstance(value, torch.Tensor):
             raise OutputError(f"{name} of the model's state is a {type(value).__name__}, not a tensor")
-        if value.is_meta or hasattr(value, "ds_id") or hasattr(value, "device_mesh"):
-            raise StateError(f"{name} is not here in full (on the meta device, offloaded or sharded)")
+        if value.is_meta:
+            raise StateError(f"{name} is not here in full (on the meta device, or offloaded)")
         cast_it = dtype is not None and name in parameters and value.is_floating_point()
         wanted = dtype if cast_it and dtype is not None else value.dtype
-        plan[name] = _Tensor(value.detach(), wanted, _maker(value, adapted.get(id(value)), wanted))
+        engine = engine_of(value)
+        like = torch.empty(engine.shape(value), dtype=value.dtype, device="meta")
+        make = _maker(name, value, engine, adapted.get(id(value)), wanted)
+        plan[name] = _Tensor(like, wanted, make, _identity(value, engine))
     return plan
 
 
-def _maker(value: torch.Tensor, held: Held | None, dtype: torch.dtype) -> Make:
-    if held is None:
-        return lambda: value.detach().to(dtype)
-    return lambda: whole_weight(held, dtype)
+def _identity(value: torch.Tensor, engine: Engine) -> tuple[Any, ...]:
+    if engine.name != "plain" or not value.numel():
+        return (id(value),)
+    return (value.data_ptr(), value.device, value.shape, value.stride(), value.dtype)
+
+
+def _maker(name: str, value: torch.Tensor, engine: Engine, held: Held | None, dtype: torch.dtype) -> Make:
+    if held is not None:
+        return lambda: effective_weight(held, dtype)
+
+    def make() -> torch.Tensor | None:
+        try:
+            pieces = [part.tensor.to(dtype) for part in engine.parts(value)]
+        except StateError as error:
+            raise StateError(f"{name}: {error}") from None
+        return engine.collect(value, pieces)
+
+    return make
 
 
 def _factor_keys(model: nn.Module) -> set[str]:
@@ -110,15 +166,14 @@ def _without_tied(model: nn.Module, plan: Mapping[str, _Tensor]) -> dict[str, _T
     tied = set(cast("dict[str, str]", getattr(model, "all_tied_weights_keys", None) or {}))
     kept: dict[tuple[Any, ...], str] = {}
     for name, t in plan.items():
-        key = (t.like.data_ptr(), t.like.device, t.like.shape, t.like.stride(), t.like.dtype)
-        key = key if t.like.numel() else (name,)
+        key = t.same
         if key not in kept or (kept[key] in tied and name not in tied):
             kept[key] = name
     names = set(kept.values())
     return {name: t for name, t in plan.items() if name in names}
 
 
-def _convert(model: nn.Module, plan: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
+def _convert(model: nn.Module, plan: Mapping[str, _Tensor], writes: bool) -> dict[str, _Tensor]:
     """Names and tensors as transformers 5 stores them on disk, where they differ from those in memory."""
     revert = _reverter(model)
     if revert is None:
@@ -132,26 +187,40 @@ def _convert(model: nn.Module, plan: Mapping[str, _Tensor]) -> dict[str, _Tensor
         except Exception:
             # a conversion that needs several tensors at once: its group cannot be streamed
             break
-        last = _Cached(revert, name, t)
+        last = _Cached(revert, name, t, parts)
         for part, value in parts.items():
             found[part] = _Tensor(value, t.dtype, last.maker(part))
     if {n: t.like.shape for n, t in found.items()} == {n: t.shape for n, t in whole.items()}:
         return found
-    values = revert({name: t.make() for name, t in plan.items()})
-    return {n: _Tensor(v, v.dtype, _maker(v, None, v.dtype)) for n, v in values.items()}
+    made = {name: t.make() for name, t in plan.items()}
+    values = revert({name: t for name, t in made.items() if t is not None}) if writes else {}
+    return {n: _Tensor(v, v.dtype, _given(v)) for n, v in values.items()}
+
+
+def _given(value: torch.Tensor) -> Make:
+    return lambda: value
 
 
 class _Cached:
     """One tensor and the parts it is stored as; kept from its first part to its last."""
 
-    def __init__(self, revert: Callable[[dict[str, Any]], dict[str, Any]], name: str, t: _Tensor) -> None:
-        self.revert, self.name, self.t = revert, name, t
-        self.parts: dict[str, torch.Tensor] = {}
+    def __init__(
+        self,
+        revert: Callable[[dict[str, Any]], dict[str, Any]],
+        name: str,
+        t: _Tensor,
+        names: Iterable[str],
+    ) -> None:
+        self.revert, self.name, self.t, self.names = revert, name, t, list(names)
+        self.parts: dict[str, torch.Tensor | None] = {}
 
     def maker(self, part: str) -> Make:
-        def make() -> torch.Tensor:
+        def make() -> torch.Tensor | None:
             if part not in self.parts:
-                self.parts = self.revert({self.name: self.t.make()})
+                made = self.t.make()
+                self.parts = dict.fromkeys(self.names)
+                if made is not None:
+                    self.parts |= self.revert({self.name: made})
             return self.parts.pop(part)
 
         return make
@@ -177,7 +246,7 @@ def _write_config(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> 
     if callable(getattr(model, "can_generate", None)) and cast(Any, model).can_generate():
         cast(Any, model).generation_config.save_pretrained(str(folder))
     config = copy.deepcopy(cast(Any, config))
-    config.architectures = [plain_class(model).__name__]
+    config.architectures = [own_class(model).__name__]
     first = dtype or cast(Any, model).dtype
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", str(first).removeprefix("torch."))
     config.save_pretrained(str(folder))

@@ -17,6 +17,8 @@ from .attach import sites
 from .branches import Factors
 from .delta import Delta
 from .engines import Engine, Part, engine_of, shape_of
+from .engines.masters import has_master
+from .engines.wrappers import unwrap
 from .errors import Problems, StateError, TargetError
 from .targets import Inventory, Patterns, as_patterns
 
@@ -58,6 +60,7 @@ def held_sites(model: nn.Module, targets: Patterns | None = None) -> list[Held]:
         StateError: the model has no site.
         TargetError: a pattern that matches none.
     """
+    model = unwrap(model)
     held = [Held(name, module, parameter) for name, (module, parameter) in sites(model).items()]
     if not held:
         raise StateError(NO_ADAPTER)
@@ -194,6 +197,18 @@ def effective_weight(h: Held, dtype: torch.dtype | None = None) -> torch.Tensor 
         )
     ((_, delta),) = deltas([h])
     outs: list[torch.Tensor] = []
+    error: Exception | None = None
+    try:
+        outs = _effective_pieces(h, delta, dtype)
+    except Exception as e:  # the others wait in agree, whatever it is
+        error = e
+    if not h.engine.agree(error is None):
+        raise error or StateError(f"{h.name}: another process could not make its part; see its error")
+    return h.engine.collect(h.parameter_tensor, outs)
+
+
+def _effective_pieces(h: Held, delta: Delta, dtype: torch.dtype) -> list[torch.Tensor]:
+    outs: list[torch.Tensor] = []
     broken = 0
     for part, local, start in _pieces(h, delta):
         if h.site.fusion is not None:
@@ -203,9 +218,9 @@ def effective_weight(h: Held, dtype: torch.dtype | None = None) -> torch.Tensor 
         out = torch.empty_like(flat, dtype=dtype)
         broken += local.add(flat, out, start=start)
         outs.append(out.view(part.tensor.shape))
-    if not h.engine.agree(broken == 0):
+    if broken:
         raise StateError(f"{h.name}: {broken} elements of W + ΔW here are beyond the range of {dtype}")
-    return h.engine.collect(h.parameter_tensor, outs)
+    return outs
 
 
 def whole_weight(h: Held, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -301,6 +316,12 @@ def _refuse_unfit(held: Sequence[Held]) -> None:
     for h in held:
         if h.site.disabled:
             problems.add(f"{h.name} is disabled; leave graft.disabled(model) first")
+            continue
+        if h.parameter_tensor.requires_grad and has_master(h.parameter_tensor):
+            problems.add(
+                f"{h.name} trains itself, so the next step would put its fp32 master in the place of W + ΔW; "
+                "freeze it, or use graft.export, which needs no fusing"
+            )
             continue
         try:
             h.engine.parts(h.parameter_tensor)

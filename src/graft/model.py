@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -12,7 +13,9 @@ from torch import nn
 from .adapted import NO_ADAPTER, Adapted, Site, factor_names, factors, slots_of
 from .adapter import Adapter, LowRank
 from .attach import all_or_nothing, attach, attach_readers, detach, release, sites
-from .engines import engine_of
+from .engines import engine_of, shape_of
+from .engines.masters import has_master, thin, whole
+from .engines.wrappers import is_wrapped, unwrap
 from .errors import Problems, StateError, TargetError
 from .fingerprint import fingerprint
 from .fusing import fuse as fuse_sites
@@ -74,7 +77,13 @@ def adapt(
     Raises:
         TargetError: a pattern that matches nothing; a weight that cannot be adapted so; one that is
             adapted already (``replace=True`` puts new factors in the place of the old).
+        StateError: the model is in an engine (DeepSpeed, DDP) already.
     """
+    if is_wrapped(model) or any(has_master(p) for p in model.parameters()):
+        raise StateError(
+            "the model is in a training engine already, whose optimizer would not know the new factors; call "
+            "graft.adapt before deepspeed.initialize and before DistributedDataParallel"
+        )
     options = Options(rank, alpha, rslora, dropout, dropout_position, init, dtype, layout)
     chosen, excluded = select(model, targets, exclude)
     plans = _plans(chosen, options, replace)
@@ -101,7 +110,9 @@ def attach_target(
     """Give every module that holds a weight the same site and the same factors."""
     first = target.holders[0]
     embedding = kind_of(first.module, first.parameter) == "embedding"
-    a, b = pair or new_factors(target.weight, site.layout, site.options, embedding=embedding)
+    made = pair or new_factors(target.weight, site.layout, site.options, embedding=embedding)
+    placed = engine_of(target.weight).place(target.weight, site.layout, *made)
+    a, b = (f if isinstance(f, nn.Parameter) else nn.Parameter(f) for f in placed)
     parents = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for h in target.holders:
         attach(h.module, h.parameter, site, a, b, through_parent=id(h.module) in parents)
@@ -120,7 +131,7 @@ def _plans(chosen: Iterable[Target], options: Options, replace: bool) -> list[tu
         try:
             own = options.changed(**target.overrides)
             layout = own.layout or natural_layout(first.module, first.parameter, target.weight)
-            layout.factor_shapes(target.weight.shape, own.rank)
+            layout.factor_shapes(shape_of(target.weight), own.rank)
             plans.append((target, own, layout))
         except ValueError as error:
             problems.add(f"{target.name}: {error}")
@@ -139,6 +150,7 @@ def unadapt(model: nn.Module, targets: Patterns | None = None, *, keep_fused: bo
     """
     from .fusing import held_sites
 
+    model = unwrap(model)
     held = held_sites(model, targets)
     if keep_fused:
         fuse_sites(model, targets)
@@ -163,6 +175,7 @@ def freeze(model: nn.Module, *, bias: Bias = "none", train: Patterns | None = No
         StateError: the model has no adapter.
         TargetError: a pattern of ``train`` that matches nothing.
     """
+    model = unwrap(model)
     if not sites(model):
         raise StateError("the model has no adapter, so nothing would train; call graft.adapt(model, …) first")
     _check_freeze(model, bias, train)
@@ -176,7 +189,7 @@ def freeze(model: nn.Module, *, bias: Bias = "none", train: Patterns | None = No
     for p in model.parameters():
         if p.is_floating_point() or p.is_complex():
             p.requires_grad_(id(p) in ids)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return _count(p for p in model.parameters() if p.requires_grad)
 
 
 def factor_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -193,41 +206,55 @@ def state_dict(model: nn.Module, *, trained: bool = False) -> dict[str, torch.Te
     """The adapter's tensors only, under their names in ``model.state_dict()``; no copies.
 
     With ``trained=True`` also every other parameter that trains (biases, a classifier).
-    ``model.load_state_dict(…, strict=False)`` takes it back.
+    ``model.load_state_dict(…, strict=False)`` takes it back. Where parameters are sharded tensors so are
+    these. Under ZeRO-3, whose own tensors are empty, they are gathered, on every process: collective.
     """
-    found = {name: p.detach() for name, p in factor_parameters(model).items()}
-    return found | (trained_parameters(model) if trained else {})
+    model = unwrap(model)
+    found = factor_parameters(model) | (trained_parameters(model) if trained else {})
+    empty = [name for name, p in found.items() if engine_of(p).name == "zero3"]
+    values = dict(zip(empty, thin([found[name] for name in empty]), strict=True))
+    return {name: values.get(name, p.detach()) for name, p in found.items()}
 
 
-def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter that trains and is not a factor, once."""
     ours = {id(p) for p in factor_parameters(model).values()}
-    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
 
 
-def adapter_of(model: nn.Module, *, trained: bool = True) -> Adapter:
-    """The model's adapter as the neutral carrier, with live tensors.
+def adapter_of(model: nn.Module, *, trained: bool = True, masters: bool = False) -> Adapter:
+    """The model's adapter as the neutral carrier, with live tensors; with full copies of spread ones.
 
-    ``trained`` adds every other parameter that trains, as a full tensor that replaces the base's.
+    Collective where parameters are spread: every process gets the factors; the full tensors are
+    complete on the process that writes, and left out elsewhere.
 
+    Args:
+        trained: also every other parameter that trains, as a full tensor that replaces the base's.
+        masters: DeepSpeed's fp32 masters in the place of the parameters. Collective under every stage.
     Raises:
         StateError: the model has no adapter.
     """
-    found: dict[str, LowRank] = {}
-    for name, (module, parameter) in sites(model).items():
-        f = factors(module, parameter)
-        found[name] = LowRank(
-            f.a.detach(),
-            f.b.detach(),
+    model = unwrap(model)
+    held = sites(model)
+    if not held:
+        raise StateError(NO_ADAPTER)
+    pairs = [factors(module, parameter) for module, parameter in held.values()]
+    values = iter(thin([t for f in pairs for t in (f.a, f.b)], masters=masters))
+    found = {
+        name: LowRank(
+            next(values).detach(),
+            next(values).detach(),
             f.scale,
             f.layout,
             kind=kind_of(module, parameter),
-            shape=tuple(getattr(module, parameter).shape),
+            shape=shape_of(getattr(module, parameter)),
         )
-    if not found:
-        raise StateError(NO_ADAPTER)
-    full = trained_parameters(model) if trained else {}
-    return Adapter(found, replace=full, format="graft", base=_fingerprints(model))
+        for f, (name, (module, parameter)) in zip(pairs, held.items(), strict=True)
+    }
+    others = trained_parameters(model) if trained else {}
+    full = {n: whole(p, masters=masters) for n, p in others.items()}
+    replace = {n: t.detach() for n, t in full.items() if t is not None}
+    return Adapter(found, replace=replace, format="graft", base=_fingerprints(model))
 
 
 def _fingerprints(model: nn.Module) -> dict[str, str]:
@@ -275,9 +302,14 @@ def report_of(
         sites=tuple(names),
         excluded=tuple(excluded),
         tied=tuple(tuple(together) for together in tied),
-        trained=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        trained=_count(p for p in parameters if p.requires_grad),
+        total=_count(parameters),
     )
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    lazy = nn.parameter.UninitializedParameter
+    return sum(math.prod(shape_of(p)) for p in parameters if not isinstance(p, lazy))
 
 
 def _short(count: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from .engines import engine_of, shape_of
 from .errors import TargetError
 from .layout import Layout
 
@@ -84,8 +85,11 @@ class Options:
 def new_factors(
     weight: torch.Tensor, layout: Layout, options: Options, *, embedding: bool = False
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """Fresh factors ``A [(n r), i]`` and ``B [(n o), r]`` for a stored weight, on its device; ΔW is 0."""
-    shape_a, shape_b = layout.factor_shapes(weight.shape, options.rank)
+    """Fresh factors ``A [(n r), i]`` and ``B [(n o), r]`` for a stored weight, on its device; ΔW is 0.
+
+    Both are made for the weight's global shape, in full, whatever part of it this process holds.
+    """
+    shape_a, shape_b = layout.factor_shapes(shape_of(weight), options.rank)
     dtype = options.dtype or factor_dtype(weight)
     a = torch.empty(shape_a, dtype=dtype, device=weight.device)
     init_a(a, options.init or ("normal" if embedding else "kaiming"), options.rank)
@@ -94,7 +98,12 @@ def new_factors(
 
 
 def factor_dtype(weight: torch.Tensor) -> torch.dtype:
-    """float32 for a half-precision weight, whose own dtype is too coarse for small steps; else its own."""
+    """float32 for a half-precision weight, whose own dtype is too coarse for small steps; else its own.
+
+    The weight's own under ZeRO-3, which wants one dtype and keeps fp32 masters of what trains itself.
+    """
+    if engine_of(weight).name == "zero3":
+        return weight.dtype
     return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
 
 

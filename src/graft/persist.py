@@ -13,8 +13,10 @@ from torch import nn
 from .adapted import Site, factor_names, factors, slots_of
 from .adapter import Adapter, LowRank
 from .attach import all_or_nothing, release, sites
-from .engines import engine_of
-from .errors import BaseMismatchError, FormatError, GraftError, Problems
+from .engines import engine_of, shape_of
+from .engines.masters import assign, has_master
+from .engines.wrappers import is_wrapped, team_of, together, unwrap
+from .errors import BaseMismatchError, FormatError, GraftError, Problems, StateError
 from .fingerprint import check
 from .kinds import stored_transposed
 from .layout import Layout
@@ -30,25 +32,56 @@ def save(
     format: str = "peft",
     trained: bool = True,
     base_name: str | None = None,
+    masters: bool = False,
 ) -> list[str]:
     """Write the model's adapter: factors, and every other parameter that trains (``trained``).
 
-    A fused model may be saved: A and B are what is written, and they do not change by fusing.
+    A fused model may be saved: A and B are what is written, and they do not change by fusing. Given an
+    engine (DeepSpeed, DDP) or a model whose parameters are spread over processes, every process calls
+    this; the first one writes, and if one fails, all raise.
 
     Args:
         path: the new directory (``peft``) or file (``loralib``).
         base_name: the base's name for the adapter's configuration; the model's own if it has one.
+        masters: DeepSpeed's fp32 masters, which the optimizer trains, in the place of the low-precision
+            copies, which the model computes with. ``graft.fuse`` and ``graft.export`` use the copies.
     Returns:
         Sentences about what the files cannot say and their reader must be told.
     Raises:
-        StateError: the model has no adapter.
+        StateError: the model has no adapter; ``masters`` of a model without them, or not of an engine.
         FormatError: a part of the adapter that the format cannot hold.
         OutputError: the path exists or cannot be written.
     """
     from .formats import write
 
-    name = base_name or getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return write(adapter_of(model, trained=trained), Path(path), format=format, base_name=name)
+    team, module = team_of(model), unwrap(model)
+    name = base_name or getattr(getattr(module, "config", None), "_name_or_path", None) or None
+    with together(team):
+        notes = _say_which(model, module, masters)
+        adapter = adapter_of(module, trained=trained, masters=masters)
+        if team.is_writer():
+            notes += write(adapter, Path(path), format=format, base_name=name)
+    return notes
+
+
+def _say_which(model: nn.Module, module: nn.Module, masters: bool) -> list[str]:
+    """Where the numbers come from, if there are two places.
+
+    Raises:
+        StateError: masters are asked for and there are none to be had.
+    """
+    kept = factor_parameters(module)
+    has = any(has_master(p) for p in kept.values())
+    if masters and not has:
+        raise StateError("masters=True needs a model in a DeepSpeed engine; no factor has an fp32 master")
+    if masters and not is_wrapped(model):
+        raise StateError("masters=True needs the DeepSpeed engine, not its module: graft.save(engine, …)")
+    low = sorted({str(p.dtype).removeprefix("torch.") for p in kept.values()} - {"float32"})
+    if not has or not low:
+        return []
+    if masters:
+        return [f"A and B are the optimizer's fp32 masters, not the {', '.join(low)} copies that were run"]
+    return [f"A and B are the {', '.join(low)} copies that were run, not the optimizer's fp32 masters"]
 
 
 def load(
@@ -76,23 +109,29 @@ def load(
     Raises:
         FormatError: not an adapter, or one that cannot be run in memory (DoRA, lora_bias).
         BaseMismatchError: an adapter for another base or other sites; nothing was changed.
+        StateError: a model in a training engine, whose optimizer would not know new factors.
     """
     from .bind import bind
     from .formats import read
 
+    model = unwrap(model)
     adapter = read(Path(path), format=format, alpha=alpha)
     inventory = Inventory(model)
     config = getattr(model, "config", None)
     to_dict = getattr(config, "to_dict", None)
     about = cast("Mapping[str, object]", to_dict()) if callable(to_dict) else None
     bound = bind(
-        adapter, {n: t.shape for n, t in _stored(model).items()}, config=about, transposed=_teller(inventory)
+        adapter,
+        {n: shape_of(t) for n, t in _stored(model).items()},
+        config=about,
+        transposed=_teller(inventory),
     )
     _refuse_unrunnable(bound)
     if not other_base:
         check(bound.base, _present(model))
     _check_full(model, bound)
     fresh = not sites(model)
+    _refuse_late(model, bound, fresh or replace)
     if fresh or replace:
         _attach(model, inventory, bound, dropout)
     else:
@@ -107,6 +146,25 @@ def load(
     if not quiet:
         print("\n".join([str(report), *(f"  {note}" for note in bound.notes)]))
     return report
+
+
+def _refuse_late(model: nn.Module, adapter: Adapter, makes_factors: bool) -> None:
+    """What an engine's optimizer, or a spread parameter, would not take.
+
+    Raises:
+        StateError: new factors in an engine, or rows of a spread parameter.
+    """
+    if makes_factors and any(has_master(p) for p in model.parameters()):
+        raise StateError(
+            "the model is in a DeepSpeed engine already, whose optimizer would not know new factors; call "
+            "graft.load before deepspeed.initialize"
+        )
+    stored = _stored(model)
+    for name in adapter.rows:
+        if engine_of(stored[name]).name != "plain":
+            raise StateError(
+                f"the adapter replaces rows of {name}, which is spread over processes; load it before that"
+            )
 
 
 def _present(model: nn.Module) -> Callable[[str], torch.Tensor | None]:
@@ -157,8 +215,8 @@ def _check_full(model: nn.Module, adapter: Adapter) -> None:
     problems = Problems(BaseMismatchError, "the adapter's full tensors do not fit the model:")
     stored = _stored(model)
     for name, tensor in adapter.replace.items():
-        have = stored[name].shape
-        if have != tensor.shape:
+        have = shape_of(stored[name])
+        if have != tuple(tensor.shape):
             problems.add(f"{name}: the model has {list(have)}, the adapter {list(tensor.shape)}")
     problems.raise_if_any("Resize the model first (model.resize_token_embeddings(n) for a vocabulary)")
 
@@ -215,9 +273,9 @@ def _check_same(model: nn.Module, adapter: Adapter) -> None:
             problems.add(f"{name} is fused; call graft.unfuse(model) first")
         elif not _same_layout(f.layout, _layout(theirs)):
             problems.add(f"{name}: layout {f.layout.pattern!r} here, {_layout(theirs).pattern!r} in the file")
-        elif f.b.shape != theirs.B.shape:
-            problems.add(f"{name}: rank {f.b.shape[1]} in the model, {theirs.rank} in the file")
-        elif not (_holds(f.a, theirs.A) and _holds(f.b, theirs.B)):
+        elif shape_of(f.b) != tuple(theirs.B.shape):
+            problems.add(f"{name}: rank {shape_of(f.b)[1]} in the model, {theirs.rank} in the file")
+        elif not has_master(f.a) and not (_holds(f.a, theirs.A) and _holds(f.b, theirs.B)):
             problems.add(f"{name}: factors of {f.a.dtype} cannot hold the file's {theirs.A.dtype} values")
     problems.raise_if_any("Pass replace=True to put the file's adapter in the place of the model's")
 
@@ -242,7 +300,7 @@ def _copy_factors(model: nn.Module, adapter: Adapter) -> None:
     for name, (module, parameter) in sites(model).items():
         theirs = adapter.sites[name]
         for factor, value in zip(factor_names(parameter), (theirs.A, theirs.B), strict=True):
-            getattr(module, factor).copy_(value)
+            assign(getattr(module, factor), value)
         module.graft_slots[parameter].site.scale = theirs.scale
 
 
@@ -250,6 +308,6 @@ def _copy_factors(model: nn.Module, adapter: Adapter) -> None:
 def _copy_full(model: nn.Module, adapter: Adapter) -> None:
     stored = _stored(model)
     for name, tensor in adapter.replace.items():
-        stored[name].copy_(tensor)
+        assign(stored[name], tensor)
     for name, (indices, tensor) in adapter.rows.items():
         stored[name][list(indices)] = tensor.to(stored[name].device, stored[name].dtype)

@@ -24,6 +24,7 @@ from typing import Any, TypeAlias, cast
 from torch import nn
 
 from .adapted import factor_names, slots_of
+from .engines import notice, shape_of
 from .errors import Problems, TargetError
 from .kinds import adaptable, is_linear
 
@@ -80,9 +81,10 @@ class Inventory:
         factors = {n for parameter in slots_of(module) for n in factor_names(parameter)}
         for parameter, value in module.named_parameters(recurse=False, remove_duplicate=False):
             lazy = isinstance(value, nn.parameter.UninitializedParameter)
-            if parameter in factors or not (lazy or value.dim() >= 2):
+            if parameter in factors or not (lazy or len(shape_of(value)) >= 2):
                 continue
             name = _join(path, parameter)
+            notice(name, module, parameter)
             self.weights[name] = value
             held = self.holders.setdefault(id(value), [])
             if not any(h.module is module and h.parameter == parameter for h in held):

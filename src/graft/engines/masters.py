@@ -1,0 +1,78 @@
+"""The fp32 masters that DeepSpeed keeps of parameters that train, under every ZeRO stage.
+
+At each step the optimizer changes the masters and rounds them into the model's parameters, so an edit of
+a parameter alone is undone, and a parameter alone is less than what was trained. DeepSpeed's own accessors
+are used, and looked up only where a parameter shows that DeepSpeed holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+
+from . import engine_of
+
+
+def has_master(parameter: torch.Tensor) -> bool:
+    """Whether a DeepSpeed optimizer holds this parameter (stages 1–3, bf16 and fp16 optimizers)."""
+    return _stage3(parameter) or hasattr(parameter, "_hp_mapping")
+
+
+def _stage3(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "_z3_optimizer") and parameter.requires_grad
+
+
+def master(parameter: torch.Tensor) -> torch.Tensor:
+    """The fp32 master in full, on every process. Collective."""
+    found = import_module("deepspeed.utils").safe_get_full_fp32_param(parameter)
+    return cast(torch.Tensor, found).detach().clone()
+
+
+@torch.no_grad()
+def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a parameter, and its fp32 master if it has one, new values; each process takes its parts.
+
+    Raises:
+        StateError: the parameter cannot be edited now.
+    """
+    engine = engine_of(parameter)
+    flat = value.detach().contiguous().view(-1)
+    for part in engine.parts(parameter):
+        if part.index is None:
+            part.tensor.copy_(flat[part.start : part.start + part.tensor.numel()])
+        else:
+            part.tensor.copy_(value[tuple(slice(*span) for span in part.index)])
+    if _stage3(parameter):
+        size = cast(Any, parameter).ds_tensor.numel()
+        mine = torch.zeros(size, dtype=torch.float32)
+        (part,) = engine.parts(parameter)
+        mine[: part.tensor.numel()] = flat[part.start : part.start + part.tensor.numel()]
+        import_module("deepspeed.utils").safe_set_local_fp32_param(parameter, mine)
+    elif has_master(parameter):
+        import_module("deepspeed.utils").safe_set_full_fp32_param(parameter, value.detach().float())
+
+
+def thin(parameters: Sequence[torch.Tensor], *, masters: bool = False) -> list[torch.Tensor]:
+    """Factors in full, on every process: what the model computes with, or the fp32 masters. Collective."""
+    found: dict[int, torch.Tensor] = {}
+    by_engine: dict[str, list[int]] = {}
+    for n, parameter in enumerate(parameters):
+        if masters and has_master(parameter):
+            found[n] = master(parameter)
+        else:
+            by_engine.setdefault(engine_of(parameter).name, []).append(n)
+    for _, members in sorted(by_engine.items()):
+        values = engine_of(parameters[members[0]]).gather([parameters[n] for n in members])
+        found |= dict(zip(members, values, strict=True))
+    return [found[n] for n in range(len(parameters))]
+
+
+def whole(parameter: torch.Tensor, *, masters: bool = False) -> torch.Tensor | None:
+    """A parameter in full, on the process that writes (None elsewhere). Collective."""
+    if masters and has_master(parameter):
+        return master(parameter)
+    engine = engine_of(parameter)
+    return engine.collect(parameter, [part.tensor for part in engine.parts(parameter)])

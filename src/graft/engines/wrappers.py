@@ -1,0 +1,109 @@
+"""Engine objects and wrappers around a model, and the processes that work together on it.
+
+Wrappers are known by the names of their classes, so that none of their libraries is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from typing import Any, cast
+
+from torch import nn
+
+from ..errors import StateError
+from . import engine_of, world
+from .plain import Plain
+from .protocol import Engine
+
+_WRAPPERS = {"DeepSpeedEngine", "DistributedDataParallel", "Float16Module"}
+_REFUSED = {
+    "PipelineEngine": "DeepSpeed's pipeline engine cuts the model into stages; use ZeRO without pipeline",
+    "FullyShardedDataParallel": "FSDP1 replaces weights by flat parameters; use torch's fully_shard (FSDP2)",
+}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of engine objects and wrappers: DeepSpeedEngine, DistributedDataParallel, ….
+
+    Raises:
+        StateError: a wrapper in which weights have no names or shapes of their own.
+    """
+    while names := _names(model) & (_WRAPPERS | _REFUSED.keys()):
+        for name in names & _REFUSED.keys():
+            raise StateError(f"{type(model).__name__} cannot be worked on: {_REFUSED[name]}")
+        model = cast(nn.Module, cast(Any, model).module)
+    return model
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    return bool(_names(model) & (_WRAPPERS | _REFUSED.keys()))
+
+
+def _names(model: nn.Module) -> set[str]:
+    return {c.__name__ for c in type(model).__mro__}
+
+
+class Replicas(Plain):
+    """Processes that each hold the whole model and wait for each other (DDP, ZeRO stages 1 and 2)."""
+
+    name = "replicas"
+
+    def agree(self, ok: bool) -> bool:
+        return world.agree(ok)
+
+    def is_writer(self) -> bool:
+        return world.is_writer()
+
+
+def team_of(model: nn.Module) -> Engine:
+    """The processes that work on this model: of its spread parameters, or the replicas of a wrapper.
+
+    A plain model that is not wrapped is this process's own, also where ``torch.distributed`` runs.
+    """
+    for parameter in unwrap(model).parameters():
+        engine = engine_of(parameter)
+        if engine.name != "plain":
+            return engine
+    return Replicas() if is_wrapped(model) and world.running() else Plain()
+
+
+def is_spread(team: Engine) -> bool:
+    """Whether parts of weights must travel, not only whole replicas agree."""
+    return team.name not in ("plain", "replicas")
+
+
+class Together:
+    """The steps of a work of several processes: an error of one is an error of all at their next step."""
+
+    def __init__(self, team: Engine) -> None:
+        self.team = team
+        self._told = False
+
+    def step(self) -> None:
+        """Go on only if no process has failed. Collective.
+
+        Raises:
+            StateError: another process has.
+        """
+        if not self.team.agree(True):
+            self._told = True
+            raise StateError("another process failed, so this one stopped too; see its error")
+
+    def tell(self) -> None:
+        if not self._told:
+            self._told = True
+            with suppress(Exception):  # a process that died cannot be told; the first error is the news
+                self.team.agree(False)
+
+
+@contextmanager
+def together(team: Engine) -> Generator[Together]:
+    """Work in steps; the block's end is the last one."""
+    work = Together(team)
+    try:
+        yield work
+    except BaseException:
+        work.tell()
+        raise
+    work.step()
