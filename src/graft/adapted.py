@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar, cast
 
@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from .branches import Branch, Factors, branch_of
+from .engines import engine_of
+from .engines.split import split_of
 from .errors import StateError
 from .kinds import read_children
 from .layout import Layout
@@ -52,6 +54,7 @@ class Slot:
 
     site: Site
     factored: bool
+    spread: bool = False  # the engine gathers the factors in forward
 
 
 def factor_names(parameter: str) -> tuple[str, str]:
@@ -81,8 +84,12 @@ class Adapted(nn.Module):
         if slot is None or not slot.factored or not slot.site.live or shadowed(self):
             return y
         branch = cast("Callable[..., torch.Tensor]", type(self).graft_branch)
+        if isinstance(y, tuple):  # Megatron's linears give (output, bias)
+            out = cast("tuple[Any, ...]", y)
+            update = branch(self, _ready(self, "weight"), *args, **kwargs)
+            return (out[0] + update.to(out[0].dtype), *out[1:])
         inputs = (*args, *kwargs.values())
-        return y + branch(self, factors(self, "weight"), *inputs).to(y.dtype)
+        return y + branch(self, _ready(self, "weight"), *inputs).to(y.dtype)
 
     def _get_name(self) -> str:
         return f"LoRA{self.graft_plain.__name__}"
@@ -151,10 +158,29 @@ def _uncovered(module: Adapted) -> list[tuple[Adapted, str]]:
 def _shadows(covered: list[tuple[Adapted, str]]) -> list[tuple[nn.Module, dict[str, torch.Tensor]]]:
     by_module: dict[int, tuple[nn.Module, dict[str, torch.Tensor]]] = {}
     for module, name in covered:
-        f = factors(module, name)
+        f = _shared(getattr(module, name), _ready(module, name))
         weight = effective(getattr(module, name), f.a, f.b, f.scale, f.layout)
         by_module.setdefault(id(module), (module, {}))[1][name] = weight
     return list(by_module.values())
+
+
+def _shared(weight: torch.Tensor, f: Factors) -> Factors:
+    """Factors whose gradients are complete although each process uses them for its own part of W."""
+    if split_of(weight) is None:
+        return f
+    from .branches_megatron import shared
+
+    return shared(weight, f)
+
+
+def _ready(module: Adapted, parameter: str) -> Factors:
+    """The factors for forward: gathered where the weight is, and the factors are not, by the engine."""
+    f = factors(module, parameter)
+    if not module.graft_slots[parameter].spread:
+        return f
+    engine: Any = engine_of(f.a)
+    a, b = engine.ready(f.a, f.b, getattr(module, parameter))
+    return replace(f, a=a, b=b)
 
 
 def factors(module: nn.Module, parameter: str) -> Factors:

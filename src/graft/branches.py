@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd  # pyright: ignore[reportPrivateUsage]
 
+from .engines import shape_of
 from .kinds import conv1d_class
 from .layout import Layout
+from .megatron_modules import EMBEDDING, core_class, role_of
 from .options import Options
 from .shadow import shadowing
 
@@ -49,23 +51,26 @@ class Factors:
 Branch = Callable[..., torch.Tensor]
 
 
-def _into(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def into(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """x in the factors' dtype, unless autocast chooses the dtype of the products itself."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(factor.dtype)
 
 
 def _dense(module: nn.Module, x: torch.Tensor, f: Factors, inputs_first: bool) -> torch.Tensor:
     down, up = f.oriented(inputs_first)
-    x = f.drop(_into(x, down), "pre", module.training)
+    x = f.drop(into(x, down), "pre", module.training)
     h = f.drop(F.linear(x, down), "mid", module.training)
+    return f.drop(rise(f, h, up) * f.scale, "post", module.training)
+
+
+def rise(f: Factors, h: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Out of the rank, each group by its own block of ``up``."""
     layout = f.layout
     if layout.groups == 1:
-        y = F.linear(h, up)
-    else:
-        n = len(layout.enabled)
-        parts = torch.einsum("...nr,nor->...no", h.unflatten(-1, (n, -1)), _like(up, h).unflatten(0, (n, -1)))
-        y = _spread(parts, layout).flatten(-2)
-    return f.drop(y * f.scale, "post", module.training)
+        return F.linear(h, up)
+    n = len(layout.enabled)
+    parts = torch.einsum("...nr,nor->...no", h.unflatten(-1, (n, -1)), _like(up, h).unflatten(0, (n, -1)))
+    return _spread(parts, layout).flatten(-2)
 
 
 def _like(factor: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -109,7 +114,7 @@ def conv(module: nn.Module, f: Factors, x: torch.Tensor) -> torch.Tensor:
     m = cast(Any, module)
     axes = len(m.kernel_size)
     down = f.a.unflatten(1, m.weight.shape[1:])
-    x = f.drop(_into(x, down), "pre", m.training)
+    x = f.drop(into(x, down), "pre", m.training)
     h = f.drop(m._conv_forward(x, down, None), "mid", m.training)
     up = f.b[(...,) + (None,) * axes]
     y = _CONVOLVE[axes](h, up, groups=m.groups)
@@ -122,7 +127,7 @@ def conv_transposed(
     """A as a 1×1 convolution, then the module's own forward with B in its weight's place."""
     m = cast(Any, module)
     axes, groups = len(m.kernel_size), m.groups
-    x = f.drop(_into(x, f.a), "pre", m.training)
+    x = f.drop(into(x, f.a), "pre", m.training)
     h = _CONVOLVE[axes](x, f.a[(...,) + (None,) * axes], groups=groups)
     h = f.drop(h, "mid", m.training)
     # B [(g o k…), r] → [(g r), o, k…]
@@ -151,6 +156,10 @@ _TABLE: dict[Any, Branch] = {
 
 def branch_of(plain: type[nn.Module]) -> Branch | None:
     """The branch for a class's own forward; None if Graft does not know that function."""
+    if core_class(plain) is not None:
+        from .branches_megatron import megatron_branch
+
+        return megatron_branch(plain)
     kind = conv1d_class()
     if kind is not None and plain.forward is kind.forward:
         return conv1d
@@ -159,8 +168,11 @@ def branch_of(plain: type[nn.Module]) -> Branch | None:
 
 def fits(module: nn.Module, weight: torch.Tensor, layout: Layout) -> bool:
     """Whether the branch of this module's class computes this layout."""
-    if layout.matrix is not None or weight.dim() < 2:
+    if layout.matrix is not None or len(shape_of(weight)) < 2:
         return False
+    role = role_of(module)
+    if role is not None:
+        return layout.pattern == "i o" if role == EMBEDDING else layout.pattern in ("o i", "(g o) i")
     if isinstance(module, _ConvTransposeNd):
         return layout.transposed and layout.groups == module.groups and layout.only is None
     if isinstance(module, _ConvNd):

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd  # pyright: ignore[reportPrivateUsage]
 
+from .engines import shape_of
 from .layout import Layout
+from .megatron_modules import COLUMN, EMBEDDING, ROW, role_of
 
 #: Modules whose forward reads parameters of their children without calling them. A child is listed as
 #: (path, only in eval mode): the encoder layer's fast path, taken in eval mode, hands all of its
@@ -34,14 +36,18 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module) or role_of(module) in (COLUMN, ROW)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or role_of(module) == EMBEDDING
 
 
 def kind_of(module: nn.Module, parameter: str) -> str:
     """The carrier's word for this parameter: ``linear``, ``embedding``, ``conv`` or ``parameter``."""
     if parameter != "weight":
         return "parameter"
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+    if is_embedding(module):
         return "embedding"
     if isinstance(module, _ConvNd):
         return "conv"
@@ -50,13 +56,14 @@ def kind_of(module: nn.Module, parameter: str) -> str:
 
 def natural_layout(module: nn.Module, parameter: str, weight: torch.Tensor) -> Layout:
     """How this module stores this parameter, as far as its class tells."""
-    if weight.dim() == 3 and not isinstance(module, _ConvNd) and not isinstance(module, nn.Bilinear):
+    shape = shape_of(weight)
+    if len(shape) == 3 and not isinstance(module, _ConvNd) and not isinstance(module, nn.Bilinear):
         # transformers marks experts that multiply from the left, ``x @ W[e]``
         transposed = bool(getattr(module, "is_transposed", False))
-        return Layout("g i o" if transposed else "g o i", weight.shape[0])
+        return Layout("g i o" if transposed else "g o i", shape[0])
     if parameter != "weight":
         return Layout("o i")
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_conv1d(module):
+    if is_embedding(module) or is_conv1d(module):
         return Layout("i o")
     if isinstance(module, _ConvTransposeNd):
         return Layout("(g i) o", module.groups)
@@ -90,7 +97,7 @@ def adaptable(module: nn.Module) -> list[str]:
 
 def _matrix(weight: Any) -> bool:
     lazy = isinstance(weight, nn.parameter.UninitializedParameter)
-    return lazy or weight.dim() >= 2
+    return lazy or len(shape_of(weight)) >= 2
 
 
 def read_children(module: nn.Module, *, always: bool = False) -> list[nn.Module]:

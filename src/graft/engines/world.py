@@ -31,14 +31,14 @@ def agree(ok: bool) -> bool:
     return bool(answer.item())
 
 
-def same(text: str) -> bool:
-    """Whether all processes give the same text. Collective."""
+def same(text: str, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether all processes (of the group) give the same text. Collective."""
     if not running():
         return True
     words = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.int64)
     # the smallest and the largest of each word in one message: least(x) and least(~x)
     both = torch.cat([words, ~words]).to(device())
-    dist.all_reduce(both, op=dist.ReduceOp.MIN)
+    dist.all_reduce(both, op=dist.ReduceOp.MIN, group=group)
     least, flipped = both.chunk(2)
     return torch.equal(least, ~flipped)
 

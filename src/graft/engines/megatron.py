@@ -1,0 +1,201 @@
+"""Megatron-core tensor parallelism: a weight is cut over a process group along one of its axes.
+
+**Aligned factors.** A is cut iff W is cut along its inputs, B iff W is cut along its outputs, the other is
+replicated. A process's own factors are then all that ΔW of its own shard needs (law 2), so fuse sends
+nothing. They are made for the global shape and cut afterwards, so that a run does not depend on the number
+of processes.
+
+A parameter alone does not tell enough (Megatron leaves ``tensor_model_parallel``, ``partition_dim`` and
+``partition_stride`` off when ``perform_initialization`` is False, and never names its group), so the weight
+is marked when its module is adapted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import TargetError
+from ..layout import Layout
+from ..megatron_modules import COLUMN, ROW, group_of, role_of
+from . import world
+from .protocol import Part
+from .regions import all_gather
+from .split import Split, mark, split_of
+
+_ALIGNABLE = ("o i", "(g o) i", "i o")
+
+
+def recognises(parameter: torch.Tensor) -> bool:
+    """Whether this is a weight or factor that was marked, or a parameter that Megatron cut."""
+    return split_of(parameter) is not None
+
+
+def notice(name: str, module: nn.Module, parameter: str) -> None:
+    """Mark a module's weight with how it is cut, as its attributes or else its class tell."""
+    weight: Any = getattr(module, parameter)
+    role = role_of(module)
+    if parameter != "weight" or (role is None and not getattr(weight, "tensor_model_parallel", False)):
+        return
+    group = group_of(module)
+    axis = int(getattr(weight, "partition_dim", -1))
+    if axis < 0:
+        axis = 1 if role == ROW else 0
+    mark(weight, Split(group, axis, _stride(name, module, weight, role)))
+
+
+def _stride(name: str, module: nn.Module, weight: Any, role: str | None) -> int:
+    told = getattr(weight, "partition_stride", None) or getattr(
+        getattr(module, "bias", None), "partition_stride", None
+    )
+    if told is not None:
+        return int(told)
+    gated = bool(getattr(getattr(module, "config", None), "gated_linear_unit", False))
+    return 2 if gated and role == COLUMN and name.split(".")[-2:-1] == ["linear_fc1"] else 1
+
+
+def _factor_splits(weight: torch.Tensor, layout: Layout) -> tuple[Split, Split]:
+    """How A and B are cut so that they are aligned with the weight.
+
+    Raises:
+        TargetError: a layout whose blocks the processes do not hold in equal shares.
+    """
+    split = split_of(weight)
+    assert split is not None
+    whole = Split(split.group, None)
+    if not split.spread and layout.pattern not in _ALIGNABLE:
+        return whole, whole
+    inputs = split.axis == (0 if layout.transposed else 1)
+    fits = layout.pattern in _ALIGNABLE and layout.matrix is None
+    if inputs:
+        fits = fits and split.stride == 1
+    elif layout.groups > 1:
+        fits = fits and split.stride == layout.groups
+    if split.spread and not fits:
+        raise TargetError(
+            f"layout {layout.pattern!r} with groups={layout.groups} does not follow how this weight is cut "
+            f"over {split.size} processes (axis {split.axis}, {split.stride} bands); "
+            "adapt it with the layout that its class has"
+        )
+    if inputs:
+        return Split(split.group, 1), whole
+    stride = len(layout.enabled) if layout.groups > 1 else split.stride
+    return whole, Split(split.group, 0, stride)
+
+
+class Megatron:
+    """Weights cut over the tensor-parallel group (or the expert-tensor-parallel one)."""
+
+    name = "megatron"
+
+    def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
+        split = split_of(parameter)
+        assert split is not None
+        return split.whole_shape(parameter.shape)
+
+    def parts(self, parameter: torch.Tensor) -> list[Part]:
+        split = split_of(parameter)
+        assert split is not None
+        local = parameter.detach()
+        if split.axis is None:
+            return [Part(local, tuple((0, n) for n in local.shape))]
+        found: list[Part] = []
+        for here, there in split.spans(local.shape):
+            index = [(0, n) for n in local.shape]
+            index[split.axis] = there
+            found.append(Part(local.narrow(split.axis, here[0], here[1] - here[0]), tuple(index)))
+        return found
+
+    def place(
+        self, weight: torch.Tensor, layout: Layout, a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whole new factors, equal on every process of the group, cut as the weight is. Collective."""
+        placed: list[nn.Parameter] = []
+        for whole, split in zip((a, b), _factor_splits(weight, layout), strict=True):
+            if split.size > 1:
+                # each process may have drawn other numbers; the first one's count
+                dist.broadcast(whole.detach(), dist.get_global_rank(split.group, 0), group=split.group)
+            factor = nn.Parameter(split.cut(whole.detach()), whole.requires_grad)
+            mark(factor, split)
+            _tell_megatron(factor, weight, split)
+            placed.append(factor)
+        return placed[0], placed[1]
+
+    def own_shape(
+        self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layout: Layout
+    ) -> tuple[int, ...] | None:
+        """The shape of the shard here, if these factors' own parts make all of its ΔW."""
+        have = [split_of(a), split_of(b)]
+        for x, y in zip(have, _factor_splits(weight, layout), strict=True):
+            if x is None or (x.axis, x.stride) != (y.axis, y.stride):
+                return None
+        return tuple(weight.shape)
+
+    def gather(self, factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All of them in one message for each group and dtype."""
+        whole = [f.detach() for f in factors]
+        batches: dict[tuple[int, torch.dtype], list[int]] = {}
+        for n, f in enumerate(factors):
+            split = split_of(f)
+            if split is not None and split.spread:
+                batches.setdefault((id(split.group), f.dtype), []).append(n)
+        for members in batches.values():
+            splits = [cast(Split, split_of(factors[n])) for n in members]
+            flat = torch.cat([whole[n].reshape(-1) for n in members])
+            size = splits[0].size
+            out = all_gather(flat, splits[0].group)
+            ranks = [r.split([whole[n].numel() for n in members]) for r in out.chunk(size)]
+            for k, n in enumerate(members):
+                whole[n] = splits[k].join([r[k].view(whole[n].shape) for r in ranks])
+        return whole
+
+    def cut(self, like: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """The part of a whole factor or weight that belongs in ``like``."""
+        split = split_of(like)
+        return whole if split is None else split.cut(whole)
+
+    def collect(self, parameter: torch.Tensor, pieces: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        split = split_of(parameter)
+        assert split is not None
+        if not split.spread:
+            return pieces[0] if self.is_writer() else None
+        assert split.axis is not None
+        local = torch.cat(list(pieces), dim=split.axis).contiguous()
+        first = split.rank == 0
+        parts = [torch.empty_like(local) for _ in range(split.size)] if first else None
+        dist.gather(local, parts, dst=dist.get_global_rank(split.group, 0), group=split.group)
+        return split.join(parts) if parts is not None and self.is_writer() else None
+
+    def agree(self, ok: bool) -> bool:
+        """Over all processes: data-parallel replicas and pipeline stages fuse together or not at all."""
+        return world.agree(ok)
+
+    def same(self, text: str) -> bool:
+        """Over the tensor-parallel group: pipeline stages and experts have sites of their own."""
+        return world.same(text, _tensor_parallel_group())
+
+    def is_writer(self) -> bool:
+        return world.is_writer()
+
+
+def _tensor_parallel_group() -> Any:
+    state: Any = sys.modules.get("megatron.core.parallel_state")
+    if state is None or not state.model_parallel_is_initialized():
+        return None
+    return state.get_tensor_model_parallel_group()
+
+
+def _tell_megatron(factor: Any, weight: Any, split: Split) -> None:
+    """The attributes by which Megatron's optimiser counts norms and its DDP sums gradients."""
+    factor.tensor_model_parallel = split.axis is not None
+    factor.partition_dim = -1 if split.axis is None else split.axis
+    factor.partition_stride = split.stride
+    factor.allreduce = getattr(weight, "allreduce", True)
+
+
+ENGINE = Megatron()

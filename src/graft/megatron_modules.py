@@ -1,0 +1,50 @@
+"""Megatron-core's module classes, known by their names in the MRO: Megatron is never imported."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+COLUMN, ROW, EMBEDDING = "ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding"
+_HOME = "megatron.core.tensor_parallel.layers"
+# Transformer Engine's layers, by their names in Megatron
+_OTHERS = {
+    "TEColumnParallelLinear": COLUMN,
+    "TELayerNormColumnParallelLinear": COLUMN,
+    "TERowParallelLinear": ROW,
+}
+
+
+def core_class(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of Megatron-core's own layers that this one is or descends from."""
+    for base in cls.__mro__:
+        if base.__module__ == _HOME and base.__name__ in (COLUMN, ROW, EMBEDDING):
+            return base
+    return None
+
+
+def role_of(module: nn.Module) -> str | None:
+    """``ColumnParallelLinear``, ``RowParallelLinear`` or ``VocabParallelEmbedding``; None for all else."""
+    core = core_class(type(module))
+    if core is not None:
+        return core.__name__
+    for base in type(module).__mro__:
+        if base.__name__ in _OTHERS and base.__module__.startswith("megatron."):
+            return _OTHERS[base.__name__]
+    return None
+
+
+def group_of(module: nn.Module) -> Any:
+    """The process group over which this module's weight is split; None without one."""
+    for name in ("tp_group", "_tp_group"):
+        group = getattr(module, name, None)
+        if group is not None:
+            return group
+    state: Any = sys.modules.get("megatron.core.parallel_state")
+    if state is None or not state.model_parallel_is_initialized():
+        return None
+    if getattr(module, "is_expert", False):
+        return state.get_expert_tensor_parallel_group()
+    return state.get_tensor_model_parallel_group()

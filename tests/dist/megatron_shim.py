@@ -1,0 +1,65 @@
+"""Megatron-core on CPU with gloo: what it takes from CUDA, given from the CPU. For tests only."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def install() -> None:
+    """Patch torch.cuda and Megatron's RNG tracker; call once in a process, before any model is built."""
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[assignment]
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def start(rank: int, world: int, store: str) -> None:
+    """One process of a gloo group over a file."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    install()
+
+
+def parallel(tp: int, **sizes: int) -> None:
+    """Tensor parallelism over ``tp`` of the processes; the others are data-parallel replicas."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, **sizes)
+    initialize_rng_tracker(force_reset=True)
+    model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+    torch.manual_seed(7)
+
+
+def config(**values: Any) -> Any:
+    """A small transformer's configuration, initialised on the CPU."""
+    from megatron.core.transformer import TransformerConfig
+
+    settings: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 48,
+        "use_cpu_initialization": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+    }
+    return TransformerConfig(**{**settings, **values})
