@@ -13,7 +13,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _SOURCES = ("fuse.c", "undo.c", "checksum.c")
-_HEADERS = ("number.h",)
+_HEADERS = ("number.h", "fast.h")
 # -fno-trapping-math lets selects between floats become vector code; no flag may reorder sums
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 # tried in turn: -march=native is not known to every compiler on every processor

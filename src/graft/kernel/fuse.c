@@ -81,21 +81,25 @@ static uint32_t settle(uint32_t wbits, int din, int dout, const factors *f, int6
  * Summed in chains of CHAIN products, so that the error bound grows with rank / CHAIN + CHAIN, not rank. */
 #define CHAIN 4
 #define SUMS(name, type, vec, width)                                                             \
+    static inline void name##_tile(const type *ls, const type *panel, int64_t rank,              \
+                                   vec s[TILE][VECS]) {                                          \
+        memset(s, 0, sizeof(vec) * TILE * VECS);                                                 \
+        for (int64_t c = 0; c < rank; c += CHAIN) {                                              \
+            vec t[TILE][VECS];                                                                   \
+            memset(t, 0, sizeof t);                                                              \
+            for (int64_t k = c; k < rank && k < c + CHAIN; k++) {                                \
+                const vec *r = (const vec *)(panel + k * PANEL);                                 \
+                for (int i = 0; i < TILE; i++)                                                   \
+                    for (int q = 0; q < VECS; q++) t[i][q] += ls[i * rank + k] * r[q];           \
+            }                                                                                    \
+            for (int i = 0; i < TILE; i++)                                                       \
+                for (int q = 0; q < VECS; q++) s[i][q] += t[i][q];                               \
+        }                                                                                        \
+    }                                                                                            \
     static void name(const type *ls, const type *panel, int64_t rank, int64_t n, type *acc) {    \
         for (int64_t j = 0; j < n; j += (width) * VECS) {                                        \
             vec s[TILE][VECS];                                                                   \
-            memset(s, 0, sizeof s);                                                              \
-            for (int64_t c = 0; c < rank; c += CHAIN) {                                          \
-                vec t[TILE][VECS];                                                               \
-                memset(t, 0, sizeof t);                                                          \
-                for (int64_t k = c; k < rank && k < c + CHAIN; k++) {                            \
-                    const vec *r = (const vec *)(panel + k * PANEL + j);                         \
-                    for (int i = 0; i < TILE; i++)                                               \
-                        for (int q = 0; q < VECS; q++) t[i][q] += ls[i * rank + k] * r[q];       \
-                }                                                                                \
-                for (int i = 0; i < TILE; i++)                                                   \
-                    for (int q = 0; q < VECS; q++) s[i][q] += t[i][q];                           \
-            }                                                                                    \
+            name##_tile(ls, panel + j, rank, s);                                                 \
             for (int i = 0; i < TILE; i++)                                                       \
                 for (int q = 0; q < VECS; q++)                                                   \
                     ((vec *)(acc + i * PANEL + j))[q] = s[i][q];                                 \
@@ -200,12 +204,12 @@ typedef struct {
     int64_t ldo;
 } operand;
 
-/* Round one row of a panel, then settle what stayed open. */
-static void row_of_panel(const operand *x, const factors *f, scratch *s, int64_t row, int64_t col, int64_t n,
-                         const void *acc, double bound, double sign, int64_t *broken) {
+/* Round n elements of a row, from column `at` of the panel that begins at `col`; settle what stays open. */
+static void row_of_panel(const operand *x, const factors *f, scratch *s, int64_t row, int64_t col, int64_t at,
+                         int64_t n, const void *acc, double bound, double sign, int64_t *broken) {
     uint16_t open[PANEL];
-    const char *w = (const char *)x->w + (row * x->ldw + col) * (x->din == FP32 ? 4 : 2);
-    char *out = (char *)x->out + (row * x->ldo + col) * (x->dout == FP32 ? 4 : 2);
+    const char *w = (const char *)x->w + (row * x->ldw + col + at) * (x->din == FP32 ? 4 : 2);
+    char *out = (char *)x->out + (row * x->ldo + col + at) * (x->dout == FP32 ? 4 : 2);
     uint32_t kept[PANEL];         /* settle() needs w after an in-place store */
     memcpy(kept, w, (size_t)n * (x->din == FP32 ? 4 : 2));
     if (bound == 0) {             /* ΔW is zero here: the weight's own bits stay, −0 too */
@@ -230,14 +234,50 @@ static void row_of_panel(const operand *x, const factors *f, scratch *s, int64_t
         }
         if (open[j])
             store_bits(out, j, x->dout, settle(load_bits(kept, j, x->din), x->din, x->dout, f, row,
-                                               s->panel + j, sign, s->parts, broken));
+                                               s->panel + at + j, sign, s->parts, broken));
+    }
+}
+
+typedef struct {
+    const operand *forward, *inverse;
+    const factors *f;
+    scratch *s;
+    int64_t broken;
+} job;
+
+/* Forward, and if asked the inverse, of n elements of one row from their sums. */
+static void both_ways(job *b, int64_t row, int64_t col, int64_t at, int64_t n, const void *acc, double bound) {
+    int64_t ignored = 0;
+    row_of_panel(b->forward, b->f, b->s, row, col, at, n, acc, bound, 1.0, &b->broken);
+    if (b->inverse) row_of_panel(b->inverse, b->f, b->s, row, col, at, n, acc, bound, -1.0, &ignored);
+}
+
+#include "fast.h"
+
+/* One panel: n columns from col. */
+static void panel(job *b, int64_t rows, int64_t col, int64_t n) {
+    int wide = b->forward->dout == FP32;
+    int64_t r = b->f->rank, done = 0;
+    union { float f[TILE * PANEL]; double d[TILE * PANEL]; } acc;
+    if (fast(b)) done = n / STEP * STEP;
+    for (int64_t i = 0; i < rows; i += TILE) {
+        int64_t some = rows - i < TILE ? rows - i : TILE, whole = (n - done + STEP - 1) / STEP * STEP;
+        double bound[TILE];
+        for (int64_t q = 0; q < some; q++) bound[q] = bound_of(b->s, i + q, r, wide);
+        if (done) fast_rows(b, i, some, col, done, bound);
+        if (done == n) continue;
+        if (wide) sums_double(b->s->lsd + i * r, b->s->paneld, r, whole, acc.d);
+        else sums_float(b->s->ls + i * r, b->s->panel + done, r, whole, acc.f);
+        for (int64_t q = 0; q < some; q++)
+            both_ways(b, i + q, col, done, n - done,
+                      wide ? (void *)(acc.d + q * PANEL) : (void *)(acc.f + q * PANEL), bound[q]);
     }
 }
 
 /* forward: out = round(w + ΔW). inverse, if given: inverse.out = round(inverse.w − ΔW), from the same sums. */
 static int64_t run(const operand *forward, const operand *inverse, int64_t rows, int64_t cols, factors f) {
     int wide = forward->dout == FP32;
-    int64_t padded = (rows + TILE - 1) / TILE * TILE, r = f.rank, broken = 0, ignored = 0;
+    int64_t padded = (rows + TILE - 1) / TILE * TILE, r = f.rank;
     size_t item = wide ? 8 : 4;
     char *room = calloc(1, (size_t)(padded * r + r * PANEL) * (item + (wide ? 4 : 0)) + (size_t)r * 4 +
                                (size_t)(2 * r + 4) * 8 + 64);
@@ -258,26 +298,16 @@ static int64_t run(const operand *forward, const operand *inverse, int64_t rows,
             if (wide) s.lsd[i * r + k] = scaled;
             else s.ls[i * r + k] = (float)scaled;
         }
-    union { float f[TILE * PANEL]; double d[TILE * PANEL]; } acc;
+    job b = {forward, inverse, &f, &s, 0};
     const float *right = f.right;
     for (int64_t c = 0; c < cols; c += PANEL) {
         int64_t n = cols - c < PANEL ? cols - c : PANEL;
-        int64_t whole = (n + STEP - 1) / STEP * STEP;
         f.right = right + c;
         pack(&f, n, wide, &s);
-        for (int64_t i = 0; i < rows; i += TILE) {
-            if (wide) sums_double(s.lsd + i * r, s.paneld, r, whole, acc.d);
-            else sums_float(s.ls + i * r, s.panel, r, whole, acc.f);
-            for (int64_t q = i; q < i + TILE && q < rows; q++) {
-                const void *a = wide ? (void *)(acc.d + (q - i) * PANEL) : (void *)(acc.f + (q - i) * PANEL);
-                double bound = bound_of(&s, q, r, wide);
-                row_of_panel(forward, &f, &s, q, c, n, a, bound, 1.0, &broken);
-                if (inverse) row_of_panel(inverse, &f, &s, q, c, n, a, bound, -1.0, &ignored);
-            }
-        }
+        panel(&b, rows, c, n);
     }
     free(room);
-    return broken;
+    return b.broken;
 }
 
 /* Flush-to-zero, if the caller's thread has it on, would lose subnormals: run in the default environment. */
