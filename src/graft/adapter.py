@@ -54,6 +54,21 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A tensor of the model that an adapter was trained in, from a checkpoint that holds both.
+
+    Args:
+        value: of a tensor that was trained; None for the base's own.
+        fingerprint: of the base's own (:mod:`graft.fingerprint`); None where it need not be the base's
+            (buffers).
+    """
+
+    shape: tuple[int, ...]
+    value: torch.Tensor | None
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter, free of any file format and of any model.
 
@@ -70,6 +85,7 @@ class Adapter:
         config: the format's own configuration, as read, for round trips.
         notes: sentences for the user: what was repaired or is unusual.
         base: fingerprints of the adapted weights (:mod:`graft.fingerprint`), by parameter; empty if unknown.
+        beside: what else the file holds of the model, by name; binding finds each its place and empties it.
         unmatched: settings of the file that match none of its modules; if names must be repaired, they
             might have meant one.
     """
@@ -83,6 +99,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
     base: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Beside] = field(default_factory=dict[str, Beside])
 
     @property
     def touched(self) -> set[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .adapter import Adapter, LowRank
+from .bind_beside import settle
 from .bind_checks import (
     check_replaced,
     check_rows,
@@ -49,7 +50,9 @@ def bind(
     adapter = without_tied(adapter, base)
     needs = _needs(adapter)
     exact = {key: [name for name in names if name in base] for key, names in needs.items()}
-    return binder.apply(adapter, exact) if all(exact.values()) else binder.repaired(adapter, needs)
+    if not all(exact.values()):
+        return binder.repaired(adapter, needs)
+    return settle(binder.apply(adapter, exact), base, Repair((), ()))
 
 
 def _needs(adapter: Adapter) -> dict[str, list[str]]:
@@ -97,6 +100,7 @@ class _Binder:
                     "configuration matches no module under the names that it has, so its ranks and scales "
                     "cannot be trusted; rename its tensors to the base's names, or remove the pattern"
                 )
+            bound = settle(bound, self.base, repair)
             return replace(bound, notes=(*bound.notes, f"names repaired: {repair}"))
         if working:
             ways = "; ".join(str(repair) for repair, _ in working.values())

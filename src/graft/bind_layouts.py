@@ -156,6 +156,19 @@ def _loralib(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness)
     return _named(_merged(site, name, shape, witness), name, witness)
 
 
+def _graft(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness) -> LowRank | None:
+    """Graft's own storage, ``A [(g r), i]`` and ``B [(g o), r]`` of any layout."""
+    if len(shape) < 3:
+        return _loralib(replace(site, kind="loralib"), name, shape, witness)
+    if len(shape) == 3 and name.rpartition(".")[2] != "weight":
+        return _parameter(replace(site, kind="parameter"), name, shape, witness)
+    groups = site.A.shape[0] // site.rank
+    for layout in (Layout("(g o) i", groups), Layout("(g i) o", groups)):
+        if _fits(site, layout, shape):
+            return replace(_with(site, layout, shape), kind="conv")
+    return None
+
+
 def _module(name: str) -> str:
     parts = name.split(".")
     return parts[-2] if len(parts) > 1 else ""
@@ -241,6 +254,7 @@ _FITTERS: Mapping[str, Callable[[LowRank, str, tuple[int, ...], Witness], LowRan
     "conv": _conv,
     "parameter": _parameter,
     "loralib": _loralib,
+    "graft": _graft,
 }
 
 

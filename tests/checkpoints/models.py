@@ -71,5 +71,5 @@ def with_peft(model: nn.Module, **config: object):
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if ".lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.03)
     return adapted

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import FormatError
+from .graft_states import GraftFormat
 from .loralib import LoralibFormat
 from .peft import PeftFormat
 from .protocol import EnableLora, Format, Options
-from .source import Source, open_source
+from .source import Source, open_source, weight_files
 
-__all__ = ["FORMATS", "Format", "Options", "Source", "read", "write"]
+__all__ = ["FORMATS", "Format", "Options", "Source", "read", "weight_files", "write"]
 
 #: every known format, in the order in which detection asks them
-FORMATS: tuple[Format, ...] = (PeftFormat(), LoralibFormat())
+FORMATS: tuple[Format, ...] = (GraftFormat(), PeftFormat(), LoralibFormat())
 
 
 def read(
@@ -42,7 +44,8 @@ def read(
     """
     source = open_source(Path(path), config)
     options = Options(alpha, enable_lora)
-    return _choose(source, format).read(source, options)
+    adapter = _choose(source, format).read(source, options)
+    return replace(adapter, beside=source.beside, notes=(*adapter.notes, *source.notes))
 
 
 def write(

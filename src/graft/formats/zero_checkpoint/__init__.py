@@ -7,7 +7,7 @@ module held.
 
 from __future__ import annotations
 
-from .folder import is_checkpoint
+from .folder import find_files, is_checkpoint
 from .reader import ZeroCheckpoint, open_zero_checkpoint
 
-__all__ = ["ZeroCheckpoint", "is_checkpoint", "open_zero_checkpoint"]
+__all__ = ["ZeroCheckpoint", "find_files", "is_checkpoint", "open_zero_checkpoint"]

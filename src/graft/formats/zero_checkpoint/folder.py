@@ -37,7 +37,8 @@ class Files:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether this is an engine's checkpoint: a tag's folder, or a folder with such folders."""
-    return path.is_dir() and (_has_states(path) or (path / "latest").is_file() or bool(_tags(path)))
+    left = (path / "latest").is_file() and (path / "zero_to_fp32.py").is_file()
+    return path.is_dir() and (_has_states(path) or left or bool(_tags(path)))
 
 
 def find_files(path: Path, tag: str | None = None) -> Files:
