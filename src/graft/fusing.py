@@ -16,7 +16,7 @@ from .adapted import NO_ADAPTER, Adapted, Site, factors
 from .attach import sites
 from .branches import Factors
 from .delta import Delta
-from .engines import Engine, Part, engine_of, shape_of
+from .engines import Aligned, Engine, Part, engine_of, shape_of
 from .engines.masters import has_master
 from .engines.wrappers import unwrap
 from .errors import Problems, StateError, TargetError
@@ -164,20 +164,33 @@ def _gathered(batch: list[Held]) -> Iterator[tuple[Held, Delta]]:
     by_engine: dict[str, list[tuple[Held, Factors]]] = {}
     for h in batch:
         f = factors(h.module, h.parameter)
-        by_engine.setdefault(engine_of(f.a).name, []).append((h, f))
+        if _own(h) is None:
+            by_engine.setdefault(engine_of(f.a).name, []).append((h, f))
     whole: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for members in by_engine.values():
         thin = engine_of(members[0][1].a).gather([t for _, f in members for t in (f.a, f.b)])
         for n, (h, _) in enumerate(members):
             whole[id(h)] = thin[2 * n], thin[2 * n + 1]
     for h in batch:
-        f = factors(h.module, h.parameter)
+        f, own = factors(h.module, h.parameter), _own(h)
+        if own is not None:
+            yield h, Delta.of(f.a, f.b, f.scale, f.layout, own.tensor.shape)
+            continue
         a, b = whole.pop(id(h))
         yield h, Delta.of(a, b, f.scale, f.layout, h.shape)
 
 
+def _own(h: Held) -> Part | None:
+    """The shard here, where the factors here are all that its ΔW needs."""
+    engine, f = h.engine, factors(h.module, h.parameter)
+    return engine.own(h.parameter_tensor, f.a, f.b, f.layout) if isinstance(engine, Aligned) else None
+
+
 def _pieces(h: Held, delta: Delta) -> list[tuple[Part, Delta, int]]:
     """The parts of one weight in this process, each with its own ΔW."""
+    own = _own(h)
+    if own is not None:
+        return [(own, delta, 0)]
     layout, shape = h.site.layout, h.shape
     return [(p, *p.localise(delta, layout, shape)) for p in h.engine.parts(h.parameter_tensor)]
 
@@ -327,9 +340,24 @@ def _refuse_unfit(held: Sequence[Held]) -> None:
             h.engine.parts(h.parameter_tensor)
         except StateError as error:
             problems.add(f"{h.name}: {error}")
+    if held and not _alike(held):
+        problems.add(
+            "a factor that every process keeps in full has other values on another process; "
+            "load or adapt on all of them alike"
+        )
     if held and not _agree(held, not problems):
         problems = problems or _elsewhere()
     problems.raise_if_any()
+
+
+def _alike(held: Sequence[Held]) -> bool:
+    engines = {e.name: e for e in (h.engine for h in held) if isinstance(e, Aligned)}
+    pairs = [(h.engine.name, factors(h.module, h.parameter)) for h in held]
+    answers = [
+        e.alike([t for own, f in pairs if own == name for t in (f.a, f.b)])
+        for name, e in sorted(engines.items())
+    ]
+    return all(answers)
 
 
 def _elsewhere() -> Problems:

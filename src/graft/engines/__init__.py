@@ -18,14 +18,19 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+from torch import nn
 
-from .protocol import Engine, Part
+from .protocol import Aligned, Engine, Part
 
-__all__ = ["Engine", "Part", "engine_of", "shape_of"]
+__all__ = ["Aligned", "Engine", "Part", "engine_of", "notice", "settle", "shape_of"]
 
 
 # module → what must be imported already for its parameters to exist; asked in this order
-_ENGINES: dict[str, str] = {}
+_ENGINES: dict[str, str] = {
+    "zero3": "deepspeed",
+    "dtensor": "torch.distributed.tensor",
+    "megatron": "megatron.core",
+}
 
 
 def engine_of(parameter: torch.Tensor) -> Engine:
@@ -47,3 +52,19 @@ def _load(name: str) -> tuple[Engine, Any]:
 def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
     """The parameter's global shape, whatever its engine."""
     return engine_of(parameter).shape(parameter)
+
+
+def notice(name: str, module: Any, parameter: str) -> None:
+    """Let engines that must see the module itself note how it holds a parameter of this full name."""
+    for engine, needs in _ENGINES.items():
+        if needs in sys.modules:
+            _load(engine)
+            look = getattr(importlib.import_module(f"{__name__}.{engine}"), "notice", None)
+            if look is not None:
+                look(name, module, parameter)
+
+
+def settle(model: nn.Module) -> None:
+    """Put the parameters that are to be read or edited where the model's forward only has copies of them."""
+    if "torch.distributed.fsdp" in sys.modules:
+        cast(Any, _load("dtensor")[0]).settle(model)

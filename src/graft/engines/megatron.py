@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..checksum import checksum
 from ..errors import TargetError
 from ..layout import Layout
 from ..megatron_modules import COLUMN, ROW, group_of, role_of
@@ -126,15 +127,21 @@ class Megatron:
             placed.append(factor)
         return placed[0], placed[1]
 
-    def own_shape(
-        self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layout: Layout
-    ) -> tuple[int, ...] | None:
-        """The shape of the shard here, if these factors' own parts make all of its ΔW."""
+    def own(self, parameter: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layout: Layout) -> Part | None:
         have = [split_of(a), split_of(b)]
-        for x, y in zip(have, _factor_splits(weight, layout), strict=True):
+        for x, y in zip(have, _factor_splits(parameter, layout), strict=True):
             if x is None or (x.axis, x.stride) != (y.axis, y.stride):
                 return None
-        return tuple(weight.shape)
+        return Part(parameter.detach())
+
+    def alike(self, factors: Sequence[torch.Tensor]) -> bool:
+        by_group: dict[int, tuple[Any, list[str]]] = {}
+        for f in factors:
+            split = split_of(f)
+            if split is not None and split.axis is None and split.size > 1:
+                by_group.setdefault(id(split.group), (split.group, []))[1].append(str(checksum(f.detach())))
+        answers = [world.same(" ".join(found), group) for group, found in by_group.values()]
+        return all(answers)
 
     def gather(self, factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """All of them in one message for each group and dtype."""
@@ -162,13 +169,12 @@ class Megatron:
     def collect(self, parameter: torch.Tensor, pieces: Sequence[torch.Tensor]) -> torch.Tensor | None:
         split = split_of(parameter)
         assert split is not None
+        local = pieces[0] if split.axis is None else torch.cat(list(pieces), dim=split.axis)
         if not split.spread:
-            return pieces[0] if self.is_writer() else None
-        assert split.axis is not None
-        local = torch.cat(list(pieces), dim=split.axis).contiguous()
+            return local if self.is_writer() else None
         first = split.rank == 0
         parts = [torch.empty_like(local) for _ in range(split.size)] if first else None
-        dist.gather(local, parts, dst=dist.get_global_rank(split.group, 0), group=split.group)
+        dist.gather(local.contiguous(), parts, dst=dist.get_global_rank(split.group, 0), group=split.group)
         return split.join(parts) if parts is not None and self.is_writer() else None
 
     def agree(self, ok: bool) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -80,4 +80,20 @@ class Engine(Protocol):
 
     def is_writer(self) -> bool:
         """Whether this process writes files."""
+        ...
+
+
+@runtime_checkable
+class Aligned(Protocol):
+    """An engine that may keep factors cut as the weight is: then a shard's ΔW needs no other process."""
+
+    def own(self, parameter: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layout: Layout) -> Part | None:
+        """The shard here, to be read as a weight of its own with these factors' own parts.
+
+        None where the factors must be gathered.
+        """
+        ...
+
+    def alike(self, factors: Sequence[torch.Tensor]) -> bool:
+        """Whether the factors that every process keeps in full are equal everywhere. Collective."""
         ...
