@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 from torch import nn
 
 from .adapted import Adapted, Site, Slot, adapted_class, factor_names, slots_of
 from .branches import branch_of, fits
+from .engines import engine_of, settle
 from .errors import TargetError
 from .kinds import read_children
 
@@ -40,7 +42,7 @@ def become_plain(module: Adapted) -> None:
     """The plain class again; the module must have no site left."""
     assert not module.graft_slots
     del module.graft_slots
-    module.__class__ = cast(Any, module.graft_plain)
+    module.__class__ = cast(Any, unadapted(type(module)))
 
 
 def attach(
@@ -73,7 +75,7 @@ def attach(
     adapted = become_adapted(module)
     for name, value in zip(factor_names(parameter), (a, b), strict=True):
         adapted.register_parameter(name, value)
-    adapted.graft_slots[parameter] = Slot(site, factored)
+    adapted.graft_slots[parameter] = Slot(site, factored, hasattr(engine_of(weight), "ready"))
     return adapted.graft_slots[parameter]
 
 
@@ -85,11 +87,37 @@ def detach(module: Adapted, parameter: str) -> None:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    return module.graft_plain if isinstance(module, Adapted) else type(module)
+    return unadapted(type(module))
+
+
+@cache
+def unadapted(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class without Graft's, also where a library (FSDP2) swapped the class again after Graft did."""
+    if not issubclass(cls, Adapted):
+        return cls
+    if not _by_fsdp(cls):
+        return cls.graft_plain
+    bases = tuple(unadapted(base) for base in cls.__bases__)
+    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(f"FSDP{bases[-1].__name__}", bases, own)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the model was made of: without Graft's and without FSDP2's."""
+    cls = plain_class(module)
+    while _by_fsdp(cls):
+        cls = cls.__bases__[-1]
+    return cls
+
+
+def _by_fsdp(cls: type) -> bool:
+    """Whether ``fully_shard`` made this class: ``(FSDPModule, the module's own)``."""
+    return any(base.__name__ == "FSDPModule" for base in cls.__bases__)
 
 
 def sites(model: nn.Module) -> Mapping[str, tuple[Adapted, str]]:
     """Every site once, under the first full name of its weight: ``{name: (module, parameter)}``."""
+    settle(model)
     found: dict[str, tuple[Adapted, str]] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -139,7 +167,7 @@ def plain_classes(model: nn.Module) -> Generator[None]:
     swapped = [(m, type(m)) for m in model.modules() if isinstance(m, Adapted)]
     try:
         for module, _ in swapped:
-            module.__class__ = cast(Any, module.graft_plain)
+            module.__class__ = cast(Any, unadapted(type(module)))
         yield
     finally:
         for module, cls in swapped:
