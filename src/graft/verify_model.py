@@ -13,7 +13,8 @@ from torch import nn
 
 from .adapted import factor_names, factors
 from .attach import plain_classes
-from .errors import VerifyError
+from .engines.wrappers import is_spread, team_of, unwrap
+from .errors import StateError, VerifyError
 from .fusing import Held, held_sites, whole_weight
 
 #: relative difference of the outputs that the weights' dtype explains
@@ -53,8 +54,14 @@ def verify(model: nn.Module, *inputs: Any, tolerance: float | None = None, **kwa
         tolerance: largest relative difference of the outputs in norm; by the weights' dtype when None.
     Raises:
         VerifyError: the outputs differ; the message names the sites that forward bypasses.
-        StateError: the model has no adapter.
+        StateError: the model has no adapter, or its weights are spread over processes.
     """
+    if is_spread(team_of(model)):
+        raise StateError(
+            "verify lends the model whole weights, and this model's are spread over processes; verify it in "
+            "one process before it is, or verify what graft.export wrote"
+        )
+    model = unwrap(model)
     held = held_sites(model)
     coarse = max((h.weight.dtype for h in held), key=lambda d: _TOLERANCE[d])
     limit = _TOLERANCE[coarse] if tolerance is None else tolerance

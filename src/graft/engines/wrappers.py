@@ -52,6 +52,9 @@ class Replicas(Plain):
     def agree(self, ok: bool) -> bool:
         return world.agree(ok)
 
+    def same(self, text: str) -> bool:
+        return world.same(text)
+
     def is_writer(self) -> bool:
         return world.is_writer()
 

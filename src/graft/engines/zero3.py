@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import StateError
+from ..layout import Layout
 from . import world
 from .protocol import Part
 
@@ -43,6 +44,12 @@ class Zero3:
         p.ds_secondary_tensor = None
         return [Part(_slice(p), start=_start(p))]
 
+    def place(
+        self, weight: torch.Tensor, layout: Layout, a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # deepspeed.initialize partitions new parameters, and sends the first process's numbers to all
+        return a, b
+
     def gather(self, factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         found: dict[int, torch.Tensor] = {}
         by_dtype: dict[torch.dtype, list[tuple[int, Any]]] = {}
@@ -70,6 +77,9 @@ class Zero3:
 
     def agree(self, ok: bool) -> bool:
         return world.agree(ok)
+
+    def same(self, text: str) -> bool:
+        return world.same(text)
 
     def is_writer(self) -> bool:
         return world.is_writer()
