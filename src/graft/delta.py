@@ -196,12 +196,38 @@ class Delta:
         if not same and not self.covers_all():
             dst.copy_(round_once(src, dst.dtype) if src.dtype == torch.float64 else src)
         width = self.stored[1]
+        if kernel.usable(src) and kernel.usable(dst) and self._single:
+            return self._add_flat(src, dst, start, threads)
 
         def one(block: Block) -> int:
             w, out = block.window(src, start, width), block.window(dst, start, width)
             return add_block(w, out, *block.factors, block.term.scale)
 
         return sum(each(one, self.blocks(start, src.numel()), src, threads))
+
+    @property
+    def _single(self) -> bool:
+        return all(t.left.dtype == t.right.dtype == torch.float32 for t in self.terms)
+
+    def _add_flat(self, src: torch.Tensor, dst: torch.Tensor, start: int, threads: int | None) -> int:
+        """:meth:`add` by the kernel, which cuts a flat range into blocks itself: one call a term."""
+        width = self.stored[1]
+
+        def one(span: Span) -> int:
+            at, end = span
+            first, last = (start + at) // width, -(-(start + end) // width)
+            return sum(
+                kernel.add_flat(
+                    src[at:end], dst[at:end], start + at, width, (*t.rows, *t.cols), t.left, t.right, t.scale
+                )
+                for t in self.terms
+                if t.rows[0] < last and first < t.rows[1]
+            )
+
+        step = 8 * BLOCK
+        return sum(
+            each(one, ((at, min(at + step, src.numel())) for at in range(0, src.numel(), step)), src, threads)
+        )
 
     def dense(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """ΔW itself as ``[R, C]``, summed in float64 (for inspection and tests; not for fusing)."""

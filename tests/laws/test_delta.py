@@ -100,6 +100,26 @@ def test_any_cut_into_flat_ranges_gives_the_same_bits(
     assert same_bits(whole, parts)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 7), st.lists(st.integers(0, 999), max_size=6), st.integers(0, 99))
+def test_cuts_through_bands_of_columns_and_rows(inner: int, band: int, cuts: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    for layout, shape in (
+        (Layout("i (g o)", 3, (2, 0)), (inner, 3 * band)),
+        (Layout("(g o) i", 3, (0, 2)), (3 * band, inner)),
+        (Layout("g i o", 3), (3, inner, band)),
+    ):
+        w = torch.randn(shape).bfloat16()
+        a, b = (torch.randn(s) for s in layout.factor_shapes(shape, 2))
+        delta = Delta.of(a, b, 0.5, layout, shape)
+        reference = round_once(w.double() + delta.dense().view(shape), torch.bfloat16)
+        parts = torch.empty_like(w).view(-1)
+        edges = sorted({0, w.numel(), *(c % w.numel() for c in cuts)})
+        for start, stop in pairwise(edges):
+            delta.add(w.view(-1)[start:stop], parts[start:stop], start=start)
+        assert same_bits(parts.view(shape), reference)
+
+
 def test_threads_do_not_change_a_bit() -> None:
     torch.manual_seed(0)
     w = torch.randn(900, 700).bfloat16()

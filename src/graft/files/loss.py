@@ -17,7 +17,7 @@ from .plan import Plan
 from .shards import Region
 
 _ERROR = {torch.bfloat16: 0.00165, torch.float16: 0.00021, torch.float32: 2.5e-8}
-_RUN, _RUNS, _TENSORS = 1024, 4, 256
+_RUN, _RUNS, _TENSORS = 1024, 4, 64
 
 
 @dataclass(frozen=True)

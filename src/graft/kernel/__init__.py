@@ -35,6 +35,8 @@ def _load() -> ctypes.CDLL | str:
     lib.graft_add.restype = _int64
     lib.graft_there_and_back.argtypes = [ctypes.c_int, _pointer, _int64, _pointer, _pointer, *factors]
     lib.graft_there_and_back.restype = _int64
+    lib.graft_add_flat.argtypes = [ctypes.c_int, _pointer] * 2 + [_int64] * 7 + factors[2:]
+    lib.graft_add_flat.restype = _int64
     exceptions = [_pointer, _int64, _int64] + [_pointer] * 4
     lib.graft_exceptions.argtypes = [ctypes.c_int, _pointer, _int64, *exceptions]
     lib.graft_exceptions.restype = None
@@ -101,6 +103,35 @@ def add(
         out.data_ptr(),
         out.stride(0),
         *_factors(left, right, signed),
+    )
+    return _enough(broken)
+
+
+def add_flat(
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    start: int,
+    width: int,
+    rectangle: tuple[int, int, int, int],
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: torch.Tensor,
+) -> int:
+    """:func:`add` for a flat range of a matrix of ``width`` columns that begins at ``start``.
+
+    ``rectangle`` is (first row, end row, first column, end column) of the term; only that is written.
+    """
+    assert src.is_contiguous() and dst.is_contiguous() and src.numel() == dst.numel()
+    broken = _lib().graft_add_flat(
+        _CODE[src.dtype],
+        src.data_ptr(),
+        _CODE[dst.dtype],
+        dst.data_ptr(),
+        start,
+        src.numel(),
+        width,
+        *rectangle,
+        *_factors(left, right, scale)[2:],
     )
     return _enough(broken)
 

@@ -79,7 +79,7 @@ static uint32_t settle(uint32_t wbits, int din, int dout, const factors *f, int6
 
 /* acc[TILE][n] = ls[TILE, rank] · panel[rank, n], n a multiple of STEP.
  * Summed in chains of CHAIN products, so that the error bound grows with rank / CHAIN + CHAIN, not rank. */
-#define CHAIN 4
+#define CHAIN 8
 #define SUMS(name, type, vec, width)                                                             \
     static inline void name##_tile(const type *ls, const type *panel, int64_t rank,              \
                                    vec s[TILE][VECS]) {                                          \
@@ -337,4 +337,35 @@ int64_t graft_there_and_back(int dtype, const void *w, int64_t ldw, void *fused,
     operand forward = {dtype, dtype, w, ldw, fused, cols}, inverse = {dtype, dtype, fused, cols, back, cols};
     factors f = {rank, ldl, ldr, left, right, scale};
     return run_safely(&forward, &inverse, rows, cols, f);
+}
+
+/* graft_add for the flat range [start, start + count) of a row-major matrix of `width` columns, as far as
+ * the term with rows r0 … r1 and columns c0 … c1 covers it; src and dst hold that range. */
+int64_t graft_add_flat(int din, const void *src, int dout, void *dst, int64_t start, int64_t count,
+                       int64_t width, int64_t r0, int64_t r1, int64_t c0, int64_t c1, int64_t rank,
+                       const float *left, int64_t ldl, const float *right, int64_t ldr, const double *scale) {
+    int64_t broken = 0, stop = start + count, size = 1 << 18;   /* elements of a block: it stays in cache */
+    while (start < stop) {
+        int64_t row = start / width, col = start % width, rows = 1, end;
+        if (col || stop - start < width) end = stop < (row + 1) * width ? stop : (row + 1) * width;
+        else {
+            rows = (stop - start) / width;
+            if (rows > size / width) rows = size / width > 1 ? size / width : 1;
+            end = start + rows * width;
+        }
+        int64_t top = row > r0 ? row : r0, bottom = row + rows < r1 ? row + rows : r1;
+        int64_t first = col > c0 ? col : c0, last = rows > 1 || end == (row + 1) * width ? width : end - row * width;
+        last = last < c1 ? last : c1;
+        if (top < bottom && first < last) {
+            int64_t at = (top - row) * width + first - col;
+            int64_t from = start - (stop - count) + at;
+            int64_t n = graft_add(din, (const char *)src + from * (din == FP32 ? 4 : 2), width, dout,
+                                  (char *)dst + from * (dout == FP32 ? 4 : 2), width, bottom - top, last - first,
+                                  rank, left + (top - r0) * ldl, ldl, right + (first - c0), ldr, scale);
+            if (n < 0) return n;
+            broken += n;
+        }
+        start = end;
+    }
+    return broken;
 }
