@@ -122,7 +122,7 @@ def learn(encoder: Encoder, requests: list[Request], steps: int, before: float) 
     seconds = time.perf_counter() - start
     fact("held-out score on the way: " + " → ".join(percent(p) for p in path))
     if n < steps:
-        fact(f"{SECONDS} s are over: trained for {n} of {steps} steps, on a machine that is slow or busy")
+        fact(f"{SECONDS} s are over: ended after {n} of {steps} steps, as this machine is slow or busy")
     return path[-1], seconds
 
 

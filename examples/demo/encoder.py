@@ -64,14 +64,15 @@ def train(encoder: Encoder, steps: int, seconds: float, seed: int) -> Iterator[f
     """Contrastive training of every parameter that requires a gradient; yields the loss of each step.
 
     A sentence must be nearer to its own paraphrase than to any other sentence of the batch, of which
-    one asks for the very opposite (InfoNCE, van den Oord et al. 2018). Ends after so many steps or
-    seconds, whichever is first; the learning rate falls to zero towards that end.
+    one asks for the very opposite (InfoNCE, van den Oord et al. 2018). Ends after so many steps, or
+    after half of them once the seconds are over; the learning rate falls to zero towards that end.
     """
     rng, started = random.Random(seed), time.perf_counter()
     trained = [p for p in encoder.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, weight_decay=0.0)
     for step in range(steps):
-        done = max((step + 0.5) / steps, (time.perf_counter() - started) / seconds)
+        late = min((time.perf_counter() - started) / seconds, (step + 0.5) / (steps / 2))
+        done = max((step + 0.5) / steps, late)
         if done >= 1:
             return
         for group in optimiser.param_groups:
