@@ -254,6 +254,15 @@ static void both_ways(job *b, int64_t row, int64_t col, int64_t at, int64_t n, c
 
 #include "fast.h"
 
+/* The panel's part of the next rows: runs this short are too brief for the processor to foresee. */
+static inline void fetch(const operand *x, int64_t row, int64_t rows, int64_t col, int64_t n) {
+    int64_t item = x->din == FP32 ? 4 : 2;
+    for (int64_t q = row; q < row + TILE && q < rows; q++) {
+        const char *from = (const char *)x->w + (q * x->ldw + col) * item;
+        for (int64_t at = 0; at < n * item; at += 64) __builtin_prefetch(from + at, 1);
+    }
+}
+
 /* One panel: n columns from col. */
 static void panel(job *b, int64_t rows, int64_t col, int64_t n) {
     int wide = b->forward->dout == FP32;
@@ -263,6 +272,7 @@ static void panel(job *b, int64_t rows, int64_t col, int64_t n) {
     for (int64_t i = 0; i < rows; i += TILE) {
         int64_t some = rows - i < TILE ? rows - i : TILE, whole = (n - done + STEP - 1) / STEP * STEP;
         double bound[TILE];
+        fetch(b->forward, i + TILE, rows, col, n);
         for (int64_t q = 0; q < some; q++) bound[q] = bound_of(b->s, i + q, r, wide);
         if (done) fast_rows(b, i, some, col, done, bound);
         if (done == n) continue;
