@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.dist.test_examples import LAUNCHED
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
     "adapt_train_save.py": "computes the same: True",
@@ -16,8 +18,8 @@ SAYS = {
 }
 
 
-def test_every_example_is_run_here() -> None:
-    assert {p.name for p in EXAMPLES.glob("*.py")} == SAYS.keys()
+def test_every_example_is_run() -> None:
+    assert {p.name for p in EXAMPLES.glob("*.py")} == SAYS.keys() | LAUNCHED.keys()
 
 
 @pytest.mark.parametrize("name", SAYS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -196,6 +198,13 @@ def twin(case: Case, engine: Any) -> Any:
     return whole
 
 
+def snapshot(engine: Any, **kwargs: Any) -> Any:
+    """The engine's adapter now: where weights are whole, adapter_of answers with live tensors."""
+    from graft.model import adapter_of
+
+    return copy.deepcopy(adapter_of(engine, **kwargs))
+
+
 # --- checks, in order; each gets the case, DeepSpeed, a trained engine and an empty folder -------------
 
 
@@ -237,8 +246,9 @@ def live_copies(case: Case, ds: Any, engine: Any, folder: Path) -> None:
 
 
 def exported(case: Case, ds: Any, engine: Any, folder: Path) -> None:
-    import graft
     from transformers import LlamaForCausalLM
+
+    import graft
 
     whole, before = twin(case, engine), twin(case, engine)
     graft.export(engine, folder / "model")
@@ -290,15 +300,14 @@ def _by_site(file: Any, whole: Any) -> list[Any]:
 def loaded(case: Case, ds: Any, engine: Any, folder: Path) -> None:
     """Into the running engine: both copies and masters; the next step starts from them."""
     import graft
-    from graft.model import adapter_of
 
     graft.save(engine, folder / "then", masters=True)
     dist.barrier()
-    then, masters = adapter_of(engine), adapter_of(engine, masters=True)
+    then, masters = snapshot(engine), snapshot(engine, masters=True)
     train(engine, range(20, 21))
-    assert not torch.equal(next(iter(adapter_of(engine).sites.values())).B, next(iter(then.sites.values())).B)
+    assert not torch.equal(next(iter(snapshot(engine).sites.values())).B, next(iter(then.sites.values())).B)
     graft.load(engine, folder / "then", quiet=True)
-    for got, want in ((adapter_of(engine), then), (adapter_of(engine, masters=True), masters)):
+    for got, want in ((snapshot(engine), then), (snapshot(engine, masters=True), masters)):
         for name, site in want.sites.items():
             assert torch.equal(got.sites[name].A, site.A) and torch.equal(got.sites[name].B, site.B), name
         assert all(torch.equal(got.replace[n], t) for n, t in want.replace.items())
@@ -307,14 +316,12 @@ def loaded(case: Case, ds: Any, engine: Any, folder: Path) -> None:
 
 
 def checkpoints(case: Case, ds: Any, engine: Any, folder: Path) -> None:
-    from graft.model import adapter_of
-
     for lean in (False, True):
-        then = adapter_of(engine)
+        then = snapshot(engine)
         engine.save_checkpoint(str(folder / f"ds-{lean}"), exclude_frozen_parameters=lean)
         train(engine, range(20, 21))
         engine.load_checkpoint(str(folder / f"ds-{lean}"), load_module_strict=not lean)
-        now = adapter_of(engine)
+        now = snapshot(engine)
         for name, site in then.sites.items():
             assert torch.equal(now.sites[name].A, site.A) and torch.equal(now.sites[name].B, site.B)
         base_slices(engine, twin(case, engine))
@@ -408,6 +415,7 @@ def _case(case: Case, ds: Any, root: Path, results: dict[str, str]) -> None:
         folder = root / name
         folder.mkdir(parents=True, exist_ok=True)
         results[name] = "did not end"
+        began = time.perf_counter()
         try:
             if check is curves:
                 check(case, ds, folder)  # type: ignore[call-arg]
@@ -417,6 +425,8 @@ def _case(case: Case, ds: Any, root: Path, results: dict[str, str]) -> None:
                     train(engine, range(2))
                 check(case, ds, engine, folder)  # type: ignore[call-arg]
             results[name] = ""
+            if os.environ.get("ZERO_TIMES") and not dist.get_rank():
+                print(case.name, name, round(time.perf_counter() - began, 1), flush=True)
         except BaseException:
             # the other process may be inside a collective: this case cannot go on
             results[name] = traceback.format_exc()

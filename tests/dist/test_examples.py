@@ -1,0 +1,31 @@
+"""Examples that need several processes run as their first lines say, with torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+#: example → the package that it needs, and what it says on two processes
+LAUNCHED = {
+    "zero3.py": ("deepspeed", "exported while fused and unfused alike: True; every bit is back: True"),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_example(name: str, tmp_path: Path) -> None:
+    needs, says = LAUNCHED[name]
+    pytest.importorskip(needs)
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / name)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert says in done.stdout
+    assert not any(tmp_path.iterdir()), "an example leaves nothing behind where it was started"
