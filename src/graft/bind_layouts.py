@@ -148,7 +148,7 @@ def _loralib(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness)
         return _named(_oriented(site, site.layout, name, shape, witness), name, witness)
     site = replace(site, layout=None)
     if site.A.shape[0] == site.rank:
-        if _is_embedding(name) and _fits(site, Layout("i o"), shape):
+        if is_embedding(name) and _fits(site, Layout("i o"), shape):
             return replace(_with(site, Layout("i o"), shape), kind="embedding")
         fitted = _linear(site, name, shape, witness)
         if fitted is not None:
@@ -174,7 +174,8 @@ def _module(name: str) -> str:
     return parts[-2] if len(parts) > 1 else ""
 
 
-def _is_embedding(name: str) -> bool:
+def is_embedding(name: str) -> bool:
+    """Whether a parameter of this name is an embedding's, by its module."""
     return _module(name) in EMBEDDINGS
 
 
@@ -184,7 +185,7 @@ def _named(site: LowRank | None, name: str, witness: Witness) -> LowRank | None:
         return None
     if site.layout.pattern != "i o" or _module(name) in _CONV1D_MODULES:
         return replace(site, kind="linear")
-    known = _is_embedding(name) or witness.linear(name) is False
+    known = is_embedding(name) or witness.linear(name) is False
     return replace(site, kind="embedding") if known else site
 
 

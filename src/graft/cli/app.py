@@ -15,6 +15,7 @@ import click
 from .. import __version__
 from ..errors import GraftError, VerifyError
 from . import EXIT_DIFFERS, EXIT_USER
+from .convert import convert
 from .fuse import fuse
 from .inspect import inspect
 from .verify import verify
@@ -121,10 +122,11 @@ def cli() -> None:
     graft inspect ADAPTER                     what is in it?
     graft fuse BASE ADAPTER -o OUT            write the model W + ΔW
     graft verify OUT --base BASE --adapter ADAPTER
+    graft convert CHECKPOINT -o ADAPTER       an adapter in another format
     """
 
 
-_verbs: list[Callable[..., Any]] = [fuse, verify, inspect]
+_verbs: list[Callable[..., Any]] = [fuse, verify, inspect, convert]
 for _verb in _verbs:
     assert isinstance(_verb, click.Command)
     cli.add_command(_verb)

@@ -26,7 +26,7 @@ class GraftFormat:
     def detect(self, source: Source) -> bool:
         """By content: names that end in ``lora_A`` and ``lora_B``, and a configuration."""
         leaves = {key.rpartition(".")[2] for key in source.tensors}
-        ours = any(leaf == "lora_A" or leaf.startswith("lora_A_") for leaf in leaves)
+        ours = bool(leaves) and all(leaf.startswith(("lora_A", "lora_B")) for leaf in leaves)
         return ours and source.config is not None and "peft_type" in source.config
 
     def read(self, source: Source, options: Options) -> Adapter:

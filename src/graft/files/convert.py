@@ -1,0 +1,97 @@
+"""An adapter from one file format to another."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .. import fingerprint, formats
+from ..adapter import Adapter
+from ..bind import bind
+from ..errors import OutputError
+from ..formats.own_shapes import own_shapes
+from ..formats.protocol import EnableLora
+from . import inputs
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was converted.
+
+    Args:
+        sites: how many low-rank updates; replaced: how many full tensors.
+        ranks: rank → how many sites have it.
+        base: the base that the names and shapes were checked against; None if none was given.
+        notes: what was repaired, and what the new files cannot say.
+    """
+
+    adapter: str
+    out: str
+    read_as: str
+    written_as: str
+    sites: int
+    replaced: int
+    ranks: dict[int, int]
+    base: str | None
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def convert(
+    adapter: Path,
+    out: Path,
+    *,
+    to: str = "peft",
+    base: Path | str | None = None,
+    alpha: float | None = None,
+    adapter_config: Path | None = None,
+    enable_lora: EnableLora | None = None,
+) -> ConvertReport:
+    """Write an adapter, or the adapter in a training checkpoint, in another format.
+
+    Args:
+        adapter: a file or directory of any known format.
+        out: the new directory (PEFT) or file (loralib).
+        to: the format to write.
+        base: the base, against whose names and shapes the adapter is then checked; without it they are
+            what the adapter's own file says.
+        alpha, adapter_config, enable_lora: as for :func:`graft.fuse_files.fuse`.
+    Raises:
+        GraftError: one message that says what is wrong and what mends it; nothing was written.
+    """
+    adapter, out = Path(adapter), Path(out)
+    formats.by_name(to)
+    if out.exists():
+        raise OutputError(f"{out} already exists; choose another output")
+    read = formats.read(adapter, alpha=alpha, config=adapter_config, enable_lora=enable_lora)
+    if base is None:
+        bound, name = _alone(read), None
+    else:
+        found = inputs.open_base(base)
+        inputs.spare_inputs(out, found.folder, adapter)
+        bound = bind(read, found.shapes, config=found.config)
+        fingerprint.check(bound.base, lambda one: found.read(one) if one in found.entries else None)
+        name = inputs.base_name(base, found, read.config.get("base_model_name_or_path"))
+    said = formats.write(bound, out, format=to, base_name=name)
+    return ConvertReport(
+        adapter=str(adapter),
+        out=str(out),
+        read_as=read.format,
+        written_as=to,
+        sites=len(bound.sites),
+        replaced=len(bound.replace),
+        ranks=dict(sorted(Counter(site.rank for site in bound.sites.values()).items())),
+        base=name,
+        notes=[*dict.fromkeys([*bound.notes, *said])],
+    )
+
+
+def _alone(adapter: Adapter) -> Adapter:
+    """Bound to the shapes that its own file tells; a square weight is stored as the file says, or plainly."""
+    turned: Mapping[str, bool] = {name: bool(s.fan_in_fan_out) for name, s in adapter.sites.items()}
+    return bind(adapter, own_shapes(adapter), transposed=lambda name: turned.get(name, False))
