@@ -8,8 +8,6 @@ Aᵀ where the layout runs against the module (the output head tied to an embedd
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,43 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd  # pyright: ignore[reportPrivateUsage]
 
-from .engines import shape_of
+from .branches_megatron import megatron_branch
+from .engines import shape_of, summed
+from .engines.megatron_modules import EMBEDDING, core_class, role_of
+from .factors import Branch, Factors, into, rise
 from .kinds import conv1d_class
 from .layout import Layout
-from .megatron_modules import EMBEDDING, core_class, role_of
-from .options import Options
 from .shadow import shadowing
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What a branch needs of one site."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    layout: Layout
-    options: Options
-
-    def oriented(self, inputs_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """``down`` and ``up`` for a module that stores its weight ``[in, out]`` (or ``[out, in]``)."""
-        if self.layout.transposed == inputs_first:
-            return self.a, self.b
-        return self.b.T, self.a.T
-
-    def drop(self, x: torch.Tensor, position: str, training: bool) -> torch.Tensor:
-        o = self.options
-        if not training or o.dropout == 0.0 or o.dropout_position != position:
-            return x
-        return F.dropout(x, o.dropout)
-
-
-Branch = Callable[..., torch.Tensor]
-
-
-def into(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x in the factors' dtype, unless autocast chooses the dtype of the products itself."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(factor.dtype)
 
 
 def _dense(module: nn.Module, x: torch.Tensor, f: Factors, inputs_first: bool) -> torch.Tensor:
@@ -61,28 +29,6 @@ def _dense(module: nn.Module, x: torch.Tensor, f: Factors, inputs_first: bool) -
     x = f.drop(into(x, down), "pre", module.training)
     h = f.drop(F.linear(x, down), "mid", module.training)
     return f.drop(rise(f, h, up) * f.scale, "post", module.training)
-
-
-def rise(f: Factors, h: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Out of the rank, each group by its own block of ``up``."""
-    layout = f.layout
-    if layout.groups == 1:
-        return F.linear(h, up)
-    n = len(layout.enabled)
-    parts = torch.einsum("...nr,nor->...no", h.unflatten(-1, (n, -1)), _like(up, h).unflatten(0, (n, -1)))
-    return _spread(parts, layout).flatten(-2)
-
-
-def _like(factor: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    return factor.to(h.dtype)
-
-
-def _spread(parts: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """``[…, n, o]`` of the enabled groups as ``[…, g, o]`` with zeros for the others."""
-    if layout.only is None:
-        return parts
-    full = parts.new_zeros((*parts.shape[:-2], layout.groups, parts.shape[-1]))
-    return full.index_copy(-2, torch.tensor(layout.only, device=parts.device), parts)
 
 
 def linear(module: nn.Module, f: Factors, x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +43,7 @@ def embedding(module: nn.Module, f: Factors, x: torch.Tensor) -> torch.Tensor:
     """ΔW's rows: ``A[:, x]ᵀ Bᵀ``. Where x is padding they count, but give no gradient, as in torch."""
     down, up = f.oriented(inputs_first=True)
     pad = cast("int | None", module.padding_idx)
-    h = F.embedding(x, down.T, padding_idx=pad)
+    h = summed(F.embedding(x, down.T, padding_idx=pad))
     if f.options.dropout_position == "pre":
         h = f.drop(h, "pre", module.training)
     y = F.linear(f.drop(h, "mid", module.training), up) * f.scale
@@ -157,8 +103,6 @@ _TABLE: dict[Any, Branch] = {
 def branch_of(plain: type[nn.Module]) -> Branch | None:
     """The branch for a class's own forward; None if Graft does not know that function."""
     if core_class(plain) is not None:
-        from .branches_megatron import megatron_branch
-
         return megatron_branch(plain)
     kind = conv1d_class()
     if kind is not None and plain.forward is kind.forward:

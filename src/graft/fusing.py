@@ -14,12 +14,12 @@ from torch import nn
 from . import undo as exact
 from .adapted import NO_ADAPTER, Adapted, Site, factors
 from .attach import sites
-from .branches import Factors
 from .delta import Delta
-from .engines import Aligned, Engine, Part, engine_of, shape_of
+from .engines import Aligned, Engine, Part, engine_of, here, shape_of
 from .engines.masters import has_master
 from .engines.wrappers import unwrap
 from .errors import Problems, StateError, TargetError
+from .factors import Factors
 from .targets import Inventory, Patterns, as_patterns
 
 
@@ -64,6 +64,7 @@ def held_sites(model: nn.Module, targets: Patterns | None = None) -> list[Held]:
     held = [Held(name, module, parameter) for name, (module, parameter) in sites(model).items()]
     if not held:
         raise StateError(NO_ADAPTER)
+    _refuse_unequal(held)
     if targets is None:
         return held
     inventory = Inventory(model)
@@ -79,6 +80,28 @@ def held_sites(model: nn.Module, targets: Patterns | None = None) -> list[Held]:
         wanted |= found
     problems.raise_if_any()
     return [h for h in held if id(getattr(h.module, h.parameter)) in wanted]
+
+
+def _refuse_unequal(held: Sequence[Held]) -> None:
+    """Processes with other sites would wait for each other's factors forever.
+
+    Raises:
+        StateError: on every process that shares a weight, if their adapters are not of one form.
+    """
+    engines = {e.name: e for e in (h.engine for h in held)}
+    for name, engine in sorted(engines.items()):
+        ours = [h for h in held if h.engine.name == name]
+        if not engine.same("\n".join(_form(h) for h in ours)):
+            raise StateError(
+                "the processes have different adapters (sites, ranks, scales, layouts, or which are fused): "
+                "adapt, load, fuse and unfuse with the same arguments on every process"
+            )
+
+
+def _form(h: Held) -> str:
+    f, site = factors(h.module, h.parameter), h.site
+    fused = site.fusion is not None
+    return f"{h.name} {h.shape} {shape_of(f.a)} {shape_of(f.b)} {f.scale} {f.layout} {fused} {site.disabled}"
 
 
 def fuse(model: nn.Module, targets: Patterns | None = None) -> int:
@@ -174,7 +197,7 @@ def _gathered(batch: list[Held]) -> Iterator[tuple[Held, Delta]]:
     for h in batch:
         f, own = factors(h.module, h.parameter), _own(h)
         if own is not None:
-            yield h, Delta.of(f.a, f.b, f.scale, f.layout, own.tensor.shape)
+            yield h, Delta.of(here(f.a), here(f.b), f.scale, f.layout, own.tensor.shape)
             continue
         a, b = whole.pop(id(h))
         yield h, Delta.of(a, b, f.scale, f.layout, h.shape)

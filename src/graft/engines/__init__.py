@@ -22,7 +22,7 @@ from torch import nn
 
 from .protocol import Aligned, Engine, Part
 
-__all__ = ["Aligned", "Engine", "Part", "engine_of", "notice", "settle", "shape_of"]
+__all__ = ["Aligned", "Engine", "Part", "engine_of", "here", "notice", "settle", "shape_of", "summed"]
 
 
 # module → what must be imported already for its parameters to exist; asked in this order
@@ -62,6 +62,20 @@ def notice(name: str, module: Any, parameter: str) -> None:
             look = getattr(importlib.import_module(f"{__name__}.{engine}"), "notice", None)
             if look is not None:
                 look(name, module, parameter)
+
+
+def here(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of a factor in this process."""
+    if hasattr(tensor, "placements"):
+        return cast(Any, _load("dtensor")[0]).here(tensor)
+    return tensor
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with the sums made that a DTensor has put off; any other tensor as it is."""
+    if hasattr(tensor, "placements"):
+        return cast(Any, _load("dtensor")[0]).summed(tensor)
+    return tensor
 
 
 def settle(model: nn.Module) -> None:

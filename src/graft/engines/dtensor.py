@@ -63,6 +63,28 @@ class Spread:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return dtensor_forward.ready(a, b, weight)
 
+    def here(self, tensor: torch.Tensor) -> torch.Tensor:
+        return local(cast(DTensor, tensor))
+
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        p = cast(DTensor, tensor)
+        return p.redistribute(placements=[Replicate() if q.is_partial() else q for q in p.placements])
+
+    def own(self, parameter: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layout: Layout) -> Part | None:
+        w = cast(DTensor, parameter)
+        for factor, side in ((a, "in"), (b, "out")):
+            if not isinstance(factor, DTensor) or factor.device_mesh != w.device_mesh:
+                return None
+            if w.ndim > 2 or list(factor.placements) != _aligned(w, layout, side):
+                return None
+        whole = layout.groups > 1 or layout.matrix is not None
+        if whole and any(axis_of(placement) is not None for placement in w.placements):
+            return None
+        return Part(local(whole_cuts(w)).detach())
+
+    def alike(self, factors: Sequence[torch.Tensor]) -> bool:
+        return dtensor_travel.alike([whole_cuts(f) for f in factors if isinstance(f, DTensor)])
+
     def agree(self, ok: bool) -> bool:
         return world.agree(ok)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ..checksum import checksum
 from ..errors import StateError
 from . import world
 from .dtensor_blocks import axis_of, boxes, local, numel, sizes, slices
@@ -24,6 +26,10 @@ def collect(p: DTensor, pieces: Sequence[torch.Tensor], writer: int = 0) -> torc
         StateError: the writer holds no part of it.
     """
     me = dist.get_rank()
+    here = local(p)
+    if len(pieces) == 1 and pieces[0].shape == here.shape:
+        mine = cast("list[int]", p.device_mesh.get_coordinate())
+        pieces = [pieces[0][inside] for _, inside in boxes(p, mine)]
     if me == writer:
         return _receive(p, pieces)
     # in a mesh without the writer there are only copies of what others send
@@ -61,6 +67,28 @@ def _receive(p: DTensor, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     # bytes: not every backend knows every dtype
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def alike(factors: Sequence[DTensor]) -> bool:
+    """Whether processes that hold the same positions of a factor hold the same numbers. Collective."""
+    rows: list[int] = []
+    for f in factors:
+        where = f.device_mesh.get_coordinate()
+        mine = 0
+        for placement, at, count in zip(
+            f.placements, where or (), f.device_mesh.shape, strict=where is not None
+        ):
+            mine = mine if axis_of(placement) is None else mine * count + at
+        rows += [mine if where is not None else -1, checksum(local(f)) - (1 << 63)]
+    sent = torch.tensor(rows, dtype=torch.int64, device=world.device())
+    every = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, sent)
+    table = [row.view(-1, 2).tolist() for row in every]
+    for column in zip(*table, strict=True):
+        held: dict[int, int] = {}
+        if any(held.setdefault(place, value) != value for place, value in column if place >= 0):
+            return False
+    return True
 
 
 def gather(factors: Sequence[DTensor], dims: int | None = None) -> list[torch.Tensor]:
