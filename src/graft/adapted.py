@@ -19,10 +19,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
-from .branches import Branch, Factors, branch_of
+from .branches import branch_of
+from .branches_megatron import shared
 from .engines import engine_of
 from .engines.split import split_of
 from .errors import StateError
+from .factors import Branch, Factors
 from .kinds import read_children
 from .layout import Layout
 from .options import Options
@@ -168,8 +170,6 @@ def _shared(weight: torch.Tensor, f: Factors) -> Factors:
     """Factors whose gradients are complete although each process uses them for its own part of W."""
     if split_of(weight) is None:
         return f
-    from .branches_megatron import shared
-
     return shared(weight, f)
 
 

@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .branches import Branch, Factors, into, rise
 from .engines import regions
+from .engines.megatron_modules import COLUMN, EMBEDDING, ROW, core_class, group_of
 from .engines.split import split_of
-from .megatron_modules import COLUMN, EMBEDDING, ROW, core_class, group_of
+from .factors import Branch, Factors, into, rise
 
 
 def _drop(

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd  # pyright: ignore[reportPrivateUsage]
 
 from .engines import shape_of
+from .engines.megatron_modules import COLUMN, EMBEDDING, ROW, role_of, shared_embedding
 from .layout import Layout
-from .megatron_modules import COLUMN, EMBEDDING, ROW, role_of
 
 #: Modules whose forward reads parameters of their children without calling them. A child is listed as
 #: (path, only in eval mode): the encoder layer's fast path, taken in eval mode, hands all of its
@@ -102,11 +102,19 @@ def _matrix(weight: Any) -> bool:
 
 def read_children(module: nn.Module, *, always: bool = False) -> list[nn.Module]:
     """Children whose parameters this module's forward reads itself, now or (``always``) in any mode."""
-    found: list[nn.Module] = []
+    shared = shared_embedding(module)
+    found: list[nn.Module] = [] if shared is None else [shared]
     for kind, paths, eval_only in _READERS:
         if isinstance(module, kind) and (always or not (eval_only and module.training)):
             found += [child for child in (_descend(module, path) for path in paths) if child is not None]
     return found
+
+
+def read_always(module: nn.Module) -> list[nn.Module]:
+    """Children whose parameters this module's forward reads itself in every mode."""
+    shared = shared_embedding(module)
+    found = [shared, module.out_proj if isinstance(module, nn.MultiheadAttention) else None]
+    return [child for child in found if child is not None]
 
 
 def _descend(module: nn.Module, path: str) -> nn.Module | None:

@@ -20,7 +20,7 @@ from .errors import Problems, StateError, TargetError
 from .fingerprint import fingerprint
 from .fusing import fuse as fuse_sites
 from .fusing import unfuse
-from .kinds import kind_of, natural_layout
+from .kinds import kind_of, natural_layout, read_always
 from .layout import Layout
 from .options import Init, Options, Position, new_factors
 from .targets import Inventory, Pattern, Patterns, Target, as_patterns, matches, select
@@ -113,9 +113,9 @@ def attach_target(
     made = pair or new_factors(target.weight, site.layout, site.options, embedding=embedding)
     placed = engine_of(target.weight).place(target.weight, site.layout, *made)
     a, b = (f if isinstance(f, nn.Parameter) else nn.Parameter(f) for f in placed)
-    parents = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    read = {id(child) for m in model.modules() for child in read_always(m)}
     for h in target.holders:
-        attach(h.module, h.parameter, site, a, b, through_parent=id(h.module) in parents)
+        attach(h.module, h.parameter, site, a, b, through_parent=id(h.module) in read)
 
 
 def _plans(chosen: Iterable[Target], options: Options, replace: bool) -> list[tuple[Target, Options, Layout]]:

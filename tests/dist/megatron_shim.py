@@ -20,6 +20,22 @@ def install() -> None:
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    from megatron.core.transformer import torch_norm
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None
+    make = torch_norm.WrappedTorchNorm.__new__
+
+    def tolerant(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        # torch's norms are refused under sequence parallelism, because nobody sums their gradients
+        # there; a frozen norm has none
+        before, config.sequence_parallel = config.sequence_parallel, False
+        try:
+            return make(cls, config, *args, **kwargs)
+        finally:
+            config.sequence_parallel = before
+
+    torch_norm.WrappedTorchNorm.__new__ = tolerant
 
 
 def start(rank: int, world: int, store: str) -> None:

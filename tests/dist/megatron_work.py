@@ -347,3 +347,118 @@ def whole_weights_reach_the_writer(_: Path) -> None:
             assert torch.equal(bits(found), bits(dense.get_parameter(h.name).detach()))
         else:
             assert found is None
+
+
+# --- a whole model --------------------------------------------------------------------------------------
+
+
+def gpt(tp: int, *, experts: int | None = None, tied: bool = True, **settings: Any) -> Any:
+    """A GPTModel of Megatron's local spec: GQA, SwiGLU, RMSNorm, rotary positions."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    shim.parallel(tp)
+    torch.manual_seed(3)
+    if experts:
+        settings = {"num_moe_experts": experts, "moe_router_topk": 2, "moe_ffn_hidden_size": 24,
+                    "moe_router_load_balancing_type": "none", "add_bias_linear": False,
+                    **settings}  # fmt: skip
+    config = shim.config(
+        tensor_model_parallel_size=tp,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        normalization="RMSNorm",
+        num_query_groups=2,
+        **settings,
+    )
+    spec = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm")
+    return GPTModel(config, spec, vocab_size=64, max_sequence_length=16, position_embedding_type="rope",
+                    share_embeddings_and_output_weights=tied)  # fmt: skip
+
+
+def tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(9)
+    ids = torch.randint(0, 64, (2, 9), generator=g)
+    mask = torch.ones(8, 8).triu(1).bool()[None, None]
+    return ids[:, :-1], torch.arange(8)[None].expand(2, 8), mask, ids[:, 1:]
+
+
+def loss_of(model: Any) -> torch.Tensor:
+    ids, positions, mask, labels = tokens()
+    return model(ids, positions, mask, labels=labels).mean()
+
+
+def curve(model: Any, steps: int = 4) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses: list[float] = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def _same_curves(targets: Any, **settings: Any) -> tuple[Any, Any]:
+    """TP 1 and TP 2 train alike; returns both models."""
+    sequence = settings.pop("sequence_parallel", False)
+    single = gpt(1, **settings)
+    adapt(single, targets)
+    one, factors_one = curve(single), whole(single)
+    split = gpt(2, sequence_parallel=sequence, **settings)
+    adapt(split, targets)
+    two, factors_two = curve(split), whole(split)
+    assert one[-1] < one[0] - 0.1, one
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-5, atol=1e-5)
+    assert factors_one.keys() == factors_two.keys()
+    for name, f in factors_one.items():
+        torch.testing.assert_close(
+            factors_two[name], f, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    return single, split
+
+
+def _fuse_keeps_the_loss(model: Any) -> None:
+    import graft
+
+    model.eval()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        plain = float(loss_of(model))
+        graft.fuse(model)
+        assert abs(float(loss_of(model)) - plain) < 1e-5
+        graft.unfuse(model)
+    for n, p in model.named_parameters():
+        assert torch.equal(bits(p.detach()), bits(before[n])), n
+
+
+LINEARS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+
+@check
+def gpt_trains_as_one_process(_: Path) -> None:
+    _, split = _same_curves([*LINEARS, "output_layer", "word_embeddings"], tied=False)
+    _fuse_keeps_the_loss(split)
+
+
+@check
+def gpt_trains_with_sequence_parallelism(_: Path) -> None:
+    _, split = _same_curves([*LINEARS, "word_embeddings"], tied=False, sequence_parallel=True)
+    _fuse_keeps_the_loss(split)
+
+
+@check
+def gpt_with_tied_embedding(_: Path) -> None:
+    _, split = _same_curves("word_embeddings", tied=True)
+    _fuse_keeps_the_loss(split)
+    _, split = _same_curves("word_embeddings", tied=True, sequence_parallel=True)
+    _fuse_keeps_the_loss(split)
+
+
+@check
+def experts_train(_: Path) -> None:
+    _, split = _same_curves(
+        ["linear_fc1", "linear_fc2", "linear_qkv"], tied=False, experts=2, sequence_parallel=True
+    )
+    _fuse_keeps_the_loss(split)

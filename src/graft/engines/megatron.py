@@ -23,8 +23,8 @@ from torch import nn
 from ..checksum import checksum
 from ..errors import TargetError
 from ..layout import Layout
-from ..megatron_modules import COLUMN, ROW, group_of, role_of
 from . import world
+from .megatron_modules import COLUMN, ROW, group_of, role_of
 from .protocol import Part
 from .regions import all_gather
 from .split import Split, mark, split_of

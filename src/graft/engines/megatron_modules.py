@@ -48,3 +48,11 @@ def group_of(module: nn.Module) -> Any:
     if getattr(module, "is_expert", False):
         return state.get_expert_tensor_parallel_group()
     return state.get_tensor_model_parallel_group()
+
+
+def shared_embedding(module: nn.Module) -> nn.Module | None:
+    """The vocabulary embedding whose weight this language model reads itself, for its output layer."""
+    if not getattr(module, "share_embeddings_and_output_weights", False):
+        return None
+    found = getattr(getattr(module, "embedding", None), "word_embeddings", None)
+    return found if isinstance(found, nn.Module) and role_of(found) == EMBEDDING else None
