@@ -98,7 +98,7 @@ def fuse(
         max_shard_size: bytes of a file; the base's own files when None.
         dry_run: check everything, write nothing.
         force: replace an existing model at ``out``.
-        threads: threads that stream; one more than the cores when None.
+        threads: threads that stream; two more than the cores when None.
         progress: called with bytes done and in all.
         adapter_config: the adapter's json, if it does not lie beside the weights.
         tied: what an update of an output head that is tied to the embedding does: ``untie`` or ``shared``.

@@ -68,7 +68,10 @@ if TYPE_CHECKING:
     help="What to do when an adapter changes one of two tied weights: untie them, or change both.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads that compute.  [default: all cores]"
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that stream.  [default: two more than the cores]",
 )
 @click.option(
     "--again",

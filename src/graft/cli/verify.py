@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     help="The adapter's configuration, when it does not lie beside the weights.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads that compute.  [default: all cores]"
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that stream.  [default: two more than the cores]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress bar.")
 def verify(out: Path, base: str, adapter: Path, as_json: bool, **options: Any) -> None:

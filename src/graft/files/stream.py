@@ -24,11 +24,11 @@ Progress = Callable[[int, int], None]
 
 
 def workers(threads: int | None) -> int:
-    """How many threads stream: one more than compute, so that one may wait for the disk."""
+    """How many threads stream: two more than compute, so that some may wait for the disk."""
     if threads is not None:
         return max(1, threads)
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, count + 1)
+    return min(16, count + 2)
 
 
 def stream(
