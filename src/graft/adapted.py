@@ -22,6 +22,7 @@ from torch import nn
 from .branches import branch_of
 from .branches_megatron import shared
 from .engines import engine_of
+from .engines.megatron_checkpoint import sharded_factors
 from .engines.split import split_of
 from .errors import StateError
 from .factors import Branch, Factors
@@ -213,9 +214,22 @@ def adapted_class(plain: type[nn.Module]) -> type[Adapted]:
     import_module(f"{__package__}.layers")
 
     if plain not in _CLASSES:
-        made = type(f"LoRA{plain.__name__}", (Adapted, plain), {"__module__": plain.__module__})
+        own: dict[str, Any] = {"__module__": plain.__module__}
+        if hasattr(plain, "sharded_state_dict"):
+            own["sharded_state_dict"] = _sharded_state_dict
+        made = type(f"LoRA{plain.__name__}", (Adapted, plain), own)
         register(plain, made)
     return _CLASSES[plain]
+
+
+def _sharded_state_dict(
+    self: Adapted, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+) -> dict[str, Any]:
+    """Megatron's description of this module's tensors, with the factors as they are cut."""
+    plain = cast(Any, self.graft_plain)
+    found: dict[str, Any] = plain.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+    own = {name: getattr(self, name) for slot in self.graft_slots for name in factor_names(slot)}
+    return found | sharded_factors(own, prefix, sharded_offsets, metadata)
 
 
 def _static(branch: Branch | None) -> Any:

@@ -462,3 +462,63 @@ def experts_train(_: Path) -> None:
         ["linear_fc1", "linear_fc2", "linear_qkv"], tied=False, experts=2, sequence_parallel=True
     )
     _fuse_keeps_the_loss(split)
+
+
+# --- checkpoints and files ------------------------------------------------------------------------------
+
+
+def _sharded(model: Any) -> Any:
+    from megatron.core import parallel_state
+
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {"model": model.sharded_state_dict(metadata=groups)}
+
+
+@check
+def checkpoint_of_two_loads_in_one(folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    targets = [*LINEARS, "word_embeddings"]
+    split = gpt(2, tied=False, sequence_parallel=True)
+    adapt(split, targets)
+    fill(split)
+    want, loss = whole(split), float(loss_of(split).detach())
+    there = folder / "checkpoint"
+    if dist.get_rank() == 0:
+        there.mkdir()
+    dist.barrier()
+    dist_checkpointing.save(_sharded(split), str(there))
+    single = gpt(1, tied=False)
+    adapt(single, targets)
+    found = dist_checkpointing.load(_sharded(single), str(there))
+    single.load_state_dict(found["model"])
+    for name, f in whole(single).items():
+        assert torch.equal(f, want[name]), name
+    assert abs(float(loss_of(single).detach()) - loss) < 1e-5
+    again = gpt(2, tied=False)
+    adapt(again, targets)
+    again.load_state_dict(dist_checkpointing.load(_sharded(again), str(there))["model"])
+    for name, f in whole(again).items():
+        assert torch.equal(f, want[name]), name
+
+
+@check
+def adapter_saved_at_two_loads_at_one_and_two(folder: Path) -> None:
+    import graft
+
+    targets = [*LINEARS, "word_embeddings", "output_layer"]
+    split = gpt(2, tied=False)
+    adapt(split, targets)
+    fill(split)
+    want = whole(split)
+    out = folder / "adapter.pt"
+    graft.save(split, out, format="loralib")
+    dist.barrier()
+    for tp in (1, 2):
+        for fresh in (True, False):
+            model = gpt(tp, tied=False)
+            if not fresh:
+                adapt(model, targets)
+            graft.load(model, out, alpha=6, quiet=True)
+            for name, f in whole(model).items():
+                assert torch.equal(f, want[name]), (name, tp, fresh)
