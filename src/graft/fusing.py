@@ -14,10 +14,11 @@ from torch import nn
 from . import undo as exact
 from .adapted import NO_ADAPTER, Adapted, Site, factors
 from .attach import sites
+from .checksum import checksum
 from .delta import Delta
 from .engines import Aligned, Engine, Part, engine_of, here, shape_of
 from .engines.masters import has_master
-from .engines.wrappers import unwrap
+from .engines.wrappers import team_of, unwrap
 from .errors import Problems, StateError, TargetError
 from .factors import Factors
 from .targets import Inventory, Patterns, as_patterns
@@ -60,11 +61,11 @@ def held_sites(model: nn.Module, targets: Patterns | None = None) -> list[Held]:
         StateError: the model has no site.
         TargetError: a pattern that matches none.
     """
-    model = unwrap(model)
+    team, model = team_of(model), unwrap(model)
     held = [Held(name, module, parameter) for name, (module, parameter) in sites(model).items()]
     if not held:
         raise StateError(NO_ADAPTER)
-    _refuse_unequal(held)
+    _refuse_unequal(held, team)
     if targets is None:
         return held
     inventory = Inventory(model)
@@ -82,26 +83,11 @@ def held_sites(model: nn.Module, targets: Patterns | None = None) -> list[Held]:
     return [h for h in held if id(getattr(h.module, h.parameter)) in wanted]
 
 
-def _refuse_unequal(held: Sequence[Held]) -> None:
-    """Processes with other sites would wait for each other's factors forever.
-
-    Raises:
-        StateError: on every process that shares a weight, if their adapters are not of one form.
-    """
-    engines = {e.name: e for e in (h.engine for h in held)}
-    for name, engine in sorted(engines.items()):
-        ours = [h for h in held if h.engine.name == name]
-        if not engine.same("\n".join(_form(h) for h in ours)):
-            raise StateError(
-                "the processes have different adapters (sites, ranks, scales, layouts, or which are fused): "
-                "adapt, load, fuse and unfuse with the same arguments on every process"
-            )
-
-
-def _form(h: Held) -> str:
+def _form(h: Held, values: bool) -> str:
     f, site = factors(h.module, h.parameter), h.site
     fused = site.fusion is not None
-    return f"{h.name} {h.shape} {shape_of(f.a)} {shape_of(f.b)} {f.scale} {f.layout} {fused} {site.disabled}"
+    form = f"{h.name} {h.shape} {shape_of(f.a)} {shape_of(f.b)} {f.scale} {f.layout} {fused} {site.disabled}"
+    return f"{form} {checksum(f.a.detach())} {checksum(f.b.detach())}" if values else form
 
 
 def fuse(model: nn.Module, targets: Patterns | None = None) -> int:
