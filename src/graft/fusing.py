@@ -16,7 +16,7 @@ from .adapted import NO_ADAPTER, Adapted, Site, factors
 from .attach import sites
 from .checksum import checksum
 from .delta import Delta
-from .engines import Aligned, Engine, Part, engine_of, here, shape_of
+from .engines import Aligned, Engine, Part, engine_of, here, refuse_unequal, shape_of
 from .engines.masters import has_master
 from .engines.wrappers import team_of, unwrap
 from .errors import Problems, StateError, TargetError
@@ -65,7 +65,8 @@ def held_sites(model: nn.Module, targets: Patterns | None = None) -> list[Held]:
     held = [Held(name, module, parameter) for name, (module, parameter) in sites(model).items()]
     if not held:
         raise StateError(NO_ADAPTER)
-    _refuse_unequal(held, team)
+    copies = team.name == "replicas"
+    refuse_unequal((team if copies else h.engine, _form(h, copies)) for h in held)
     if targets is None:
         return held
     inventory = Inventory(model)

@@ -13,7 +13,7 @@ from torch import nn
 from .adapted import NO_ADAPTER, Adapted, Site, factor_names, factors, slots_of
 from .adapter import Adapter, LowRank
 from .attach import all_or_nothing, attach, attach_readers, detach, release, sites
-from .engines import engine_of, shape_of
+from .engines import engine_of, refuse_unequal, shape_of
 from .engines.masters import has_master, thin, whole
 from .engines.wrappers import is_wrapped, unwrap
 from .errors import Problems, StateError, TargetError
@@ -88,6 +88,7 @@ def adapt(
     chosen, excluded = select(model, targets, exclude)
     plans = _plans(chosen, options, replace)
     _check_freeze(model, bias, train)
+    refuse_unequal((engine_of(t.weight), f"{t.name} {own} {layout}") for t, own, layout in plans)
     with all_or_nothing(model):
         for target, site_options, site_layout in plans:
             for h in target.holders:

@@ -14,15 +14,28 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..errors import StateError
 from .protocol import Aligned, Engine, Part
 
-__all__ = ["Aligned", "Engine", "Part", "engine_of", "here", "notice", "settle", "shape_of", "summed"]
+__all__ = [
+    "Aligned",
+    "Engine",
+    "Part",
+    "engine_of",
+    "here",
+    "notice",
+    "refuse_unequal",
+    "settle",
+    "shape_of",
+    "summed",
+]
 
 
 # module → what must be imported already for its parameters to exist; asked in this order
@@ -52,6 +65,25 @@ def _load(name: str) -> tuple[Engine, Any]:
 def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
     """The parameter's global shape, whatever its engine."""
     return engine_of(parameter).shape(parameter)
+
+
+def refuse_unequal(adapters: Iterable[tuple[Engine, str]]) -> None:
+    """Processes whose adapters differ would wait for each other's factors forever. Collective.
+
+    Args:
+        adapters: the engine of each adapted weight, and its adapter in words.
+    Raises:
+        StateError: on every process that shares a weight, if their words are not the same.
+    """
+    words: dict[str, tuple[Engine, list[str]]] = {}
+    for engine, form in adapters:
+        words.setdefault(engine.name, (engine, []))[1].append(form)
+    for _, (engine, forms) in sorted(words.items()):
+        if not engine.same("\n".join(forms)):
+            raise StateError(
+                "the processes have different adapters (sites, ranks, scales, layouts, or which are fused): "
+                "adapt, load, fuse and unfuse with the same arguments on every process"
+            )
 
 
 def notice(name: str, module: Any, parameter: str) -> None:
