@@ -25,6 +25,7 @@ from torch import nn
 
 from .adapted import factor_names, slots_of
 from .engines import notice, shape_of
+from .engines.megatron_modules import role_of
 from .errors import Problems, TargetError
 from .kinds import adaptable, is_linear
 
@@ -33,6 +34,7 @@ Patterns: TypeAlias = "Pattern | Iterable[Pattern] | Mapping[Any, Any]"
 
 ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")
+_MEGATRON_HEAD = "output_layer"
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,8 @@ def _linears(model: nn.Module) -> list[str]:
         heads = {id(getattr(model, name)) for name in _HEADS if hasattr(model, name)}
     paths: list[str] = []
     for path, module in model.named_modules():
+        if role_of(module) is not None and path.split(".")[-1] == _MEGATRON_HEAD:
+            continue
         if is_linear(module) and id(module) not in heads:
             paths.append(path)
     return paths

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -522,3 +523,107 @@ def adapter_saved_at_two_loads_at_one_and_two(folder: Path) -> None:
             graft.load(model, out, alpha=6, quiet=True)
             for name, f in whole(model).items():
                 assert torch.equal(f, want[name]), (name, tp, fresh)
+
+
+# --- single layers and odd settings ---------------------------------------------------------------------
+
+
+def _layer(kind: str, **options: Any) -> Any:
+    from megatron.core import tensor_parallel
+
+    torch.manual_seed(3)
+    init = {"init_method": nn.init.xavier_uniform_, "config": shim.config(tensor_model_parallel_size=2)}
+    settings = {"bias": False, "skip_bias_add": False, **init, **options}
+    return getattr(tensor_parallel, kind)(32, 48, **settings)
+
+
+@check
+def layers_that_gather_or_scatter_themselves(_: Path) -> None:
+    """Output gathered by the layer, input split by the layer: forward and every gradient against dense."""
+    from graft.engines.split import split_of
+
+    shim.parallel(2)
+    for kind, options in (
+        ("ColumnParallelLinear", {"gather_output": True}),
+        ("RowParallelLinear", {"input_is_parallel": False}),
+    ):
+        layer, dense = _layer(kind, **options), nn.Linear(32, 48, bias=False)
+        parts = [torch.empty_like(layer.weight) for _ in range(2)]
+        dist.all_gather(parts, layer.weight.detach())
+        dense.weight.data = torch.cat(parts, dim=0 if kind[0] == "C" else 1)
+        for model in (layer, dense):
+            adapt(model, re.compile(""), init="normal")
+            fill(model)
+        g = torch.Generator().manual_seed(1)
+        x, up = torch.randn(4, 2, 32, generator=g), torch.randn(4, 2, 48, generator=g)
+        x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y1, y2 = layer(x1)[0], dense(x2)
+        torch.testing.assert_close(y1, y2, rtol=1e-4, atol=1e-4)
+        y1.backward(up)
+        y2.backward(up)
+        torch.testing.assert_close(x1.grad, x2.grad, rtol=1e-4, atol=1e-4)
+        for name in ("lora_A", "lora_B"):
+            mine = getattr(layer, name)
+            want = split_of(mine).cut(getattr(dense, name).grad)
+            torch.testing.assert_close(mine.grad, want, rtol=1e-4, atol=1e-4)
+
+
+@check
+def dropout_leaves_replicated_outputs_equal(_: Path) -> None:
+    for position in ("pre", "mid", "post"):
+        model = mlp(2)
+        adapt(model, dropout=0.5, dropout_position=position)
+        fill(model)
+        x = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(1))
+        first, second = model(x)[0], model(x)[0]
+        assert not torch.equal(first, second), position
+        parts = [torch.empty_like(first) for _ in range(2)]
+        dist.all_gather(parts, first.detach())
+        assert torch.equal(parts[0], parts[1]), position
+        model.eval()
+        assert torch.equal(model(x)[0], model(x)[0])
+
+
+@check
+def weights_without_megatrons_attributes(_: Path) -> None:
+    """``perform_initialization=False`` leaves the weight without a word on how it is cut."""
+    import graft
+    from graft.engines import shape_of
+
+    model = gpt(2, tied=False, perform_initialization=False)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.02)
+    adapt(model, [*LINEARS, "word_embeddings"])
+    layer = model.decoder.layers[0]
+    assert not hasattr(layer.mlp.linear_fc1.weight, "partition_dim")
+    assert shape_of(layer.mlp.linear_fc1.weight) == (96, 32)
+    assert shape_of(layer.mlp.linear_fc2.weight) == (32, 48)
+    assert shape_of(layer.mlp.linear_fc1.lora_B) == (96, 3)
+    assert layer.mlp.linear_fc1.lora_B.partition_stride == 2
+    assert shape_of(model.embedding.word_embeddings.lora_A) == (3, 64)
+    fill(model)
+    _fuse_keeps_the_loss(model)
+    graft.unadapt(model)
+
+
+@check
+def all_linear_leaves_the_head(_: Path) -> None:
+    from graft.model import factor_parameters
+
+    model = gpt(2, tied=False)
+    adapt(model, "all-linear")
+    names = {n.split(".")[-2] for n in factor_parameters(model)}
+    assert names == set(LINEARS), names
+
+
+@check
+def dropout_on_a_tied_embedding_is_refused(_: Path) -> None:
+    import graft
+
+    model = gpt(2, tied=True)
+    try:
+        adapt(model, "word_embeddings", dropout=0.1)
+    except graft.GraftError as error:
+        assert "dropout" in str(error)
+    else:
+        raise AssertionError("dropout was taken although the output layer reads the embedding's weight")
