@@ -143,10 +143,14 @@ def _maker(name: str, value: torch.Tensor, engine: Engine, held: Held | None, dt
         return lambda: effective_weight(held, dtype)
 
     def make() -> torch.Tensor | None:
+        pieces: list[torch.Tensor] = []
+        error: Exception | None = None
         try:
             pieces = [part.tensor.to(dtype) for part in engine.parts(value)]
-        except StateError as error:
-            raise StateError(f"{name}: {error}") from None
+        except Exception as e:  # the others wait in agree, whatever it is
+            error = StateError(f"{name}: {e}") if isinstance(e, StateError) else e
+        if not engine.agree(error is None):
+            raise error or StateError(f"{name}: another process could not read its part; see its error")
         return engine.collect(value, pieces)
 
     return make

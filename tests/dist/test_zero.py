@@ -12,7 +12,7 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.dist
 
-from tests.dist.zero_work import CASES, CHECKS, curves, free_port, work  # noqa: E402
+from tests.dist.zero_work import CASES, CHECKS, curves, death, free_port, work  # noqa: E402
 
 Results = dict[str, list[dict[str, str]]]
 
@@ -38,3 +38,17 @@ def test_on_two_processes(case: str, check: str, results: Results) -> None:
     for rank, result in enumerate(results[case]):
         assert check in result, "an earlier check failed, so this one did not run"
         assert not result[check], f"process {rank}:\n{result[check]}"
+
+
+def test_a_process_that_dies_in_export_leaves_nothing_and_stops_the_other(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    port = free_port()
+    both = [context.Process(target=death, args=(rank, 2, port, str(tmp_path))) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(240)
+    assert [p.exitcode for p in both] == [0, 7]
+    report = json.loads((tmp_path / "death.json").read_text())
+    assert report["met"] != "nothing" and not report["left"], report
+    assert report["seconds"] < 60, report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -356,6 +358,58 @@ def refusals(case: Case, ds: Any, engine: Any, folder: Path) -> None:
     base_slices(engine, before)
 
 
+def failing(case: Case, ds: Any, engine: Any, folder: Path) -> None:
+    """One process fails in the middle of an export: both raise, nothing is left, the next one works."""
+    import graft
+    from graft import tensors
+    from graft.engines.zero3 import ENGINE
+
+    rank = dist.get_rank()
+    text = "no space left" if rank == 0 else "another process"
+    with patched(tensors, "raw_bytes", full_disk if rank == 0 else tensors.raw_bytes):
+        refused(graft.GraftError, text, graft.export, engine, folder / "m")
+    if case.stage == 3:
+        real, calls = type(ENGINE).parts, iter(range(1000))
+
+        def parts(self: Any, p: torch.Tensor) -> Any:
+            if rank == 1 and next(calls) == 4:
+                raise graft.StateError("moved by a test")
+            return real(self, p)
+
+        with patched(type(ENGINE), "parts", parts):
+            text = "moved by a test" if rank == 1 else "another process"
+            refused(graft.StateError, text, graft.export, engine, folder / "m")
+    dist.barrier()
+    assert not list(folder.iterdir())
+    graft.export(engine, folder / "m")
+    # a factor that differs on one replica, and a scale that differs anywhere
+    slot = next(m for m in engine.module.modules() if isinstance(m, graft.Adapted)).graft_slots["weight"]
+    scale = slot.site.scale
+    slot.site.scale += rank
+    refused(graft.StateError, "different adapters", graft.fuse, engine)
+    slot.site.scale = scale
+    if case.stage < 3:
+        factor = next(p for n, p in engine.module.named_parameters() if n.endswith("lora_B"))
+        old = factor.detach().clone()
+        factor.data.add_(rank)
+        refused(graft.StateError, "different adapters", graft.fuse, engine)
+        factor.data.copy_(old)
+
+
+def full_disk(flat: torch.Tensor) -> memoryview:
+    raise OSError(errno.ENOSPC, "no space left on device")
+
+
+@contextmanager
+def patched(owner: Any, name: str, value: Any) -> Any:
+    own = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
 def refused(kind: Any, text: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     try:
         call(*args, **kwargs)
@@ -366,7 +420,7 @@ def refused(kind: Any, text: str, call: Callable[..., Any], *args: Any, **kwargs
 
 
 CHECKS: list[Callable[[Case, Any, Any, Path], None]] = [
-    fused_shards, live_copies, exported, saved, loaded, checkpoints, refusals,
+    fused_shards, live_copies, exported, saved, loaded, checkpoints, refusals, failing,
 ]  # fmt: skip
 
 
@@ -394,6 +448,33 @@ def curves(case: Case, ds: Any, folder: Path) -> None:
         want = train_alone(alone, range(4))
         assert max(abs(x - y) for x, y in zip(plain, want, strict=True)) < 1e-5, (plain, want)
         assert abs(plain[0] - plain[3]) > 1e-3
+
+
+def death(rank: int, world: int, port: int, folder: str) -> None:
+    """The second process dies while weights travel; the first says what it met and what is left."""
+    import graft
+    from graft.engines.zero3 import ENGINE
+
+    ds = start(rank, world, port)
+    engine = engine_of(next(c for c in CASES if c.name == "z3-fp32"), ds)
+    real, calls = type(ENGINE).collect, iter(range(1000))
+
+    def collect(self: Any, *args: Any) -> Any:
+        if rank == 1 and next(calls) == 4:
+            os._exit(7)
+        return real(self, *args)
+
+    type(ENGINE).collect = collect  # type: ignore[method-assign]
+    began = time.perf_counter()
+    try:
+        graft.export(engine, Path(folder) / "out" / "model")
+        met = "nothing"
+    except Exception as error:
+        met = repr(error)
+    left = [str(p) for p in (Path(folder) / "out").rglob("*")]
+    report = {"met": met, "left": left, "seconds": time.perf_counter() - began}
+    Path(folder, "death.json").write_text(json.dumps(report))
+    os._exit(0)
 
 
 def work(rank: int, world: int, port: int, folder: str, names: list[str]) -> None:
