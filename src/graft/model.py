@@ -15,6 +15,7 @@ from .adapter import Adapter, LowRank
 from .attach import all_or_nothing, attach, attach_readers, detach, release, sites
 from .engines import engine_of, refuse_unequal, shape_of
 from .engines.masters import has_master, thin, whole
+from .engines.megatron_modules import copied_embedding
 from .engines.wrappers import is_wrapped, unwrap
 from .errors import Problems, StateError, TargetError
 from .fingerprint import fingerprint
@@ -115,8 +116,18 @@ def attach_target(
     placed = engine_of(target.weight).place(target.weight, site.layout, *made)
     a, b = (f if isinstance(f, nn.Parameter) else nn.Parameter(f) for f in placed)
     read = {id(child) for m in model.modules() for child in read_always(m)}
+    _refuse_copied(model, target)
     for h in target.holders:
         attach(h.module, h.parameter, site, a, b, through_parent=id(h.module) in read)
+
+
+def _refuse_copied(model: nn.Module, target: Target) -> None:
+    copied = {id(child) for m in model.modules() for child in copied_embedding(m)}
+    if any(id(h.module) in copied for h in target.holders):
+        raise TargetError(
+            f"{target.name} is shared by the first and the last pipeline stage, each with a copy of its own; "
+            "build the model with share_embeddings_and_output_weights=False to adapt it"
+        )
 
 
 def _plans(chosen: Iterable[Target], options: Options, replace: bool) -> list[tuple[Target, Options, Layout]]:

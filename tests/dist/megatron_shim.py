@@ -52,8 +52,10 @@ def parallel(tp: int, **sizes: int) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, **sizes)
+    ready = parallel_state.model_parallel_is_initialized() and not sizes
+    if not ready or parallel_state.get_tensor_model_parallel_world_size() != tp:  # some twenty groups: slow
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, **sizes)
     initialize_rng_tracker(force_reset=True)
     model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     torch.manual_seed(7)

@@ -627,3 +627,18 @@ def dropout_on_a_tied_embedding_is_refused(_: Path) -> None:
         assert "dropout" in str(error)
     else:
         raise AssertionError("dropout was taken although the output layer reads the embedding's weight")
+
+
+@check
+def embedding_copied_to_another_stage_is_refused(_: Path) -> None:
+    import graft
+
+    model = gpt(2, tied=True)
+    model.post_process = False  # as the first of two pipeline stages has it
+    try:
+        adapt(model, "word_embeddings")
+    except graft.GraftError as error:
+        assert "pipeline stage" in str(error)
+    else:
+        raise AssertionError("only one of the two copies would have been adapted")
+    assert type(model.embedding.word_embeddings).__name__ == "VocabParallelEmbedding"

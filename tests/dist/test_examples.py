@@ -13,6 +13,10 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 #: example → the package that it needs, and what it says on two processes
 LAUNCHED = {
     "zero3.py": ("deepspeed", "exported while fused and unfused alike: True; every bit is back: True"),
+    "megatron_tp.py": (
+        "megatron.core",
+        "fused computes what the adapter did: True; every bit is back: True",
+    ),
 }
 
 

@@ -56,3 +56,17 @@ def shared_embedding(module: nn.Module) -> nn.Module | None:
         return None
     found = getattr(getattr(module, "embedding", None), "word_embeddings", None)
     return found if isinstance(found, nn.Module) and role_of(found) == EMBEDDING else None
+
+
+def copied_embedding(module: nn.Module) -> list[nn.Module]:
+    """The embedding, and the output layer with its copy, of a language model whose stages hold one each."""
+    m: Any = module
+    if not getattr(m, "share_embeddings_and_output_weights", False):
+        return []
+    if getattr(m, "pre_process", True) and getattr(m, "post_process", True):
+        return []
+    found = [
+        getattr(getattr(m, "embedding", None), "word_embeddings", None),
+        getattr(m, "output_layer", None),
+    ]
+    return [child for child in found if isinstance(child, nn.Module) and role_of(child) is not None]
