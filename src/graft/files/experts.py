@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
+
 from ..adapter import Adapter, LowRank
 from ..checkpoint import Checkpoint
 from ..errors import FormatError
@@ -129,7 +131,7 @@ def _table(base: Checkpoint) -> Callable[[str], tuple[str, str | None, Any]] | N
         from transformers import conversion_mapping, core_model_loading
     except ImportError:
         return None
-    mapping: list[Any] | None = None
+    mapping: list[Any] | None = _of_model(base)
     for key in _model_names(base.config):
         mapping = mapping or conversion_mapping.get_checkpoint_conversion_mapping(key)
     if not mapping:
@@ -147,6 +149,25 @@ def _table(base: Checkpoint) -> Callable[[str], tuple[str, str | None, Any]] | N
         return key, None, None
 
     return rename
+
+
+def _of_model(base: Checkpoint) -> list[Any] | None:
+    """The table of the very model that the base is of, from its class without weights; None if unknown."""
+    import transformers
+    from transformers import conversion_mapping
+
+    architectures = base.config.get("architectures")
+    names = cast("list[object]", architectures) if isinstance(architectures, list) else []
+    maker = getattr(transformers, str(names[0]), None) if names else None
+    build: Any = getattr(conversion_mapping, "get_model_conversion_mapping", None)
+    if maker is None or build is None:
+        return None
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(base.folder), trust_remote_code=False)
+        with torch.device("meta"):
+            return list(build(maker(config)))
+    except Exception:  # whatever a class does with an odd config: then the table goes by names
+        return None
 
 
 def _model_names(config: dict[str, object]) -> list[str]:

@@ -16,7 +16,7 @@ from ..bind import bind
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BaseMismatchError, FormatError, OutputError
 from ..tensors import read_json
-from . import tied
+from . import heads, tied
 from .experts import in_memory
 from .packed import Both, Part
 from .shards import Shard
@@ -125,9 +125,22 @@ def _fit_memory(base: Checkpoint, adapter: Adapter, choice: str | None) -> Job |
 
 
 def _fit(base: Checkpoint, adapter: Adapter, shapes: dict[str, tuple[int, ...]], choice: str | None) -> Job:
-    """Bind to parameters of these names and shapes; a head that is tied to the embedding is settled."""
+    """Bind to parameters of these names and shapes; a head that is tied or new is settled."""
+    new = heads.new_tensors(adapter, shapes)
+    if new:
+        grown = {**shapes, **{name: tuple(adapter.replace[name].shape) for name in new}}
+        job = _fit(base, adapter, grown, choice)
+        origin = next(iter(base.entries))
+        notes = (*job.adapter.notes, heads.note_of(adapter, new))
+        return replace(
+            job,
+            adapter=replace(job.adapter, notes=notes),
+            added={**job.added, **dict.fromkeys(new, origin)},
+            config={**job.config, **heads.config_of(adapter, new)},
+        )
     try:
         bound = tied.without_copies(bind(adapter, shapes, config=base.config), base, {})
+        bound = replace(bound, notes=(*bound.notes, *tied.notes_of(bound, base)))
         return Job(base, bound, {}, {}, {})
     except BaseMismatchError:
         head = tied.absent_head(adapter, shapes)

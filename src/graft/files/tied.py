@@ -93,6 +93,18 @@ def settle(adapter: Adapter, head: str, embedding: str, choice: str | None, base
     return Tied(replace(adapter, sites=sites), {}, both, {}, (note,))
 
 
+def notes_of(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
+    """That an update of an embedding changes the head too, where the two are one weight in the files."""
+    if base.config.get("tie_word_embeddings") is not True or any(_leaf(n) in HEADS for n in base.entries):
+        return ()
+    sites = [n for n in adapter.sites if _leaf(n) in EMBEDDINGS]
+    return tuple(
+        f"{name} is tied to the output head, so its update changes both (as PEFT's merge does; its forward "
+        "changes the embedding alone)"
+        for name in sites
+    )
+
+
 def without_copies(adapter: Adapter, base: Checkpoint, origin: Mapping[str, str]) -> Adapter:
     """Drop full tensors that only repeat the base's: PEFT saves the weight of an adapted embedding too.
 
