@@ -12,6 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 #: example → the package that it needs, and what it says on two processes
 LAUNCHED = {
+    "fsdp2.py": ("transformers", "exported files hold the fused numbers: True; every bit is back: True"),
     "zero3.py": ("deepspeed", "exported while fused and unfused alike: True; every bit is back: True"),
     "megatron_tp.py": (
         "megatron.core",
