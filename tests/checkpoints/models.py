@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -66,7 +68,9 @@ def with_peft(model: nn.Module, **config: object):
     """The model in PEFT's wrapper, its B factors not zero."""
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(model, LoraConfig(**config))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT about transformers' names, and about the models' configuration
+        adapted = get_peft_model(model, LoraConfig(**config))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -55,7 +55,7 @@ def check_copies(model: ModelStates, ranks: Sequence[OptimizerStates], trained: 
     Raises:
         FormatError: naming the ranks whose files differ.
     """
-    owners = {id(flat): rank.path.name for rank in ranks for flat in rank.flats}
+    owners = {flat.data_ptr(): rank.path.name for rank in ranks for flat in rank.flats}
     wrong: dict[str, str] = {}
     for name, stored in trained.items():
         copy = model.module.get(name)
@@ -66,7 +66,7 @@ def check_copies(model: ModelStates, ranks: Sequence[OptimizerStates], trained: 
             few = min(count, 64)
             rounded = master[start : start + few].to(flat.dtype)
             if not torch.equal(rounded, flat[at : at + few]) and not bool(rounded.isnan().any()):
-                wrong.setdefault(owners.get(id(master), "its masters"), name)
+                wrong.setdefault(owners.get(master.data_ptr(), "its masters"), name)
             at += count
     problems = Problems(FormatError, f"{model.path} is of another step than the optimizer states:")
     for file, name in wrong.items():
