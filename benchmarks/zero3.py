@@ -11,6 +11,8 @@ The size is set by GRAFT_WIDTH, GRAFT_LAYERS and GRAFT_RUNS in the environment.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import os
 import shutil
 import statistics
@@ -34,28 +36,30 @@ RANK = 16
 received = 0  # bytes, by the collectives wrapped below
 
 
-def _counted(name: str, size: Callable[..., int]) -> None:
+def _counted(name: str, size: Callable[[list[torch.Tensor]], int]) -> None:
     own = getattr(dist, name)
+    first, second, *_ = inspect.signature(own).parameters
 
     def call(*args: Any, **kwargs: Any) -> Any:
         global received
-        received += size(*args)
+        given = dict(zip((first, second), args, strict=False)) | kwargs
+        many = given.get(second) if name == "gather" else given[first]
+        received += size([many] if isinstance(many, torch.Tensor) else many or [])
         return own(*args, **kwargs)
 
     setattr(dist, name, call)
 
 
-def _others(total: int) -> int:
-    return total * (dist.get_world_size() - 1) // dist.get_world_size()
+def _others(outs: list[torch.Tensor]) -> int:
+    return sum(o.nbytes for o in outs) * (dist.get_world_size() - 1) // dist.get_world_size()
 
 
 def count_bytes() -> None:
     """Must run before DeepSpeed is imported, which keeps the functions that it finds."""
-    _counted("all_gather_into_tensor", lambda out, *_: _others(out.nbytes))
-    _counted("all_gather", lambda outs, *_: _others(sum(o.nbytes for o in outs)))
-    _counted("broadcast", lambda t, *_: 0 if dist.get_rank() == 0 else t.nbytes)
-    _counted("all_reduce", lambda t, *_: t.nbytes)
-    _counted("gather", lambda t, outs=None, *_: _others(sum(o.nbytes for o in outs or ())))
+    for name in ("all_gather_into_tensor", "all_gather", "gather"):
+        _counted(name, _others)
+    _counted("broadcast", lambda t: 0 if dist.get_rank() == 0 else t[0].nbytes)
+    _counted("all_reduce", lambda t: t[0].nbytes)
 
 
 def anonymous() -> int:
@@ -131,7 +135,7 @@ def measure(engine: Any, deepspeed: Any, folder: Path) -> None:
 
     import graft
 
-    gathered, model = deepspeed.zero.GatheredParameters, engine.module
+    gathered, model, number = deepspeed.zero.GatheredParameters, engine.module, itertools.count()
 
     def edit(sign: float) -> None:
         for m in model:
@@ -148,7 +152,7 @@ def measure(engine: Any, deepspeed: Any, folder: Path) -> None:
         edit(-1.0)
 
     def graft_export() -> None:
-        graft.export(engine, folder / "graft", force=True)
+        graft.export(engine, folder / f"graft-{next(number)}")
 
     def gathered_export() -> None:
         edit(1.0)
