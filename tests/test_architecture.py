@@ -19,7 +19,10 @@ ROOMS = {
     "numbers": "errors layout rounding kernel kernel.build checksum delta undo",
     "carrier": "adapter algebra dora fingerprint",
     "engines": "engines engines.*",
-    "model": "kinds options factors shadow branches branches_megatron adapted attach layers targets fusing model verify_model",
+    "model": (
+        "kinds options factors shadow branches branches_megatron adapted attach layers targets fusing model "
+        "verify_model"
+    ),
     "storage": "safetensors_header pickled mapped atomic checkpoint tensors",
     "formats": "bind bind_* formats formats.*",
     "files": "files files.* fuse_files verify_files inspect_files",
