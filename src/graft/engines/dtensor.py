@@ -21,7 +21,7 @@ def recognises(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, DTensor)
 
 
-class Spread:
+class Spread(world.Team):
     """Parameters that are DTensors."""
 
     name = "dtensor"
@@ -84,15 +84,6 @@ class Spread:
 
     def alike(self, factors: Sequence[torch.Tensor]) -> bool:
         return dtensor_travel.alike([whole_cuts(f) for f in factors if isinstance(f, DTensor)])
-
-    def agree(self, ok: bool) -> bool:
-        return world.agree(ok)
-
-    def same(self, text: str) -> bool:
-        return world.same(text)
-
-    def is_writer(self) -> bool:
-        return world.is_writer()
 
     def settle(self, model: nn.Module) -> None:
         """Let every FSDP unit drop its full weights: they are copies, and edits of them are lost."""

@@ -46,3 +46,16 @@ def same(text: str, group: dist.ProcessGroup | None = None) -> bool:
 def is_writer() -> bool:
     """Whether this process writes files."""
     return not running() or dist.get_rank() == 0
+
+
+class Team:
+    """The part of an engine that is the same wherever all processes of the group work on one model."""
+
+    def agree(self, ok: bool) -> bool:
+        return agree(ok)
+
+    def same(self, text: str) -> bool:
+        return same(text)
+
+    def is_writer(self) -> bool:
+        return is_writer()

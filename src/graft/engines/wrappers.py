@@ -44,19 +44,10 @@ def _names(model: nn.Module) -> set[str]:
     return {c.__name__ for c in type(model).__mro__}
 
 
-class Replicas(Plain):
+class Replicas(world.Team, Plain):
     """Processes that each hold the whole model and wait for each other (DDP, ZeRO stages 1 and 2)."""
 
     name = "replicas"
-
-    def agree(self, ok: bool) -> bool:
-        return world.agree(ok)
-
-    def same(self, text: str) -> bool:
-        return world.same(text)
-
-    def is_writer(self) -> bool:
-        return world.is_writer()
 
 
 def team_of(model: nn.Module) -> Engine:

@@ -23,7 +23,7 @@ def recognises(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_id") and hasattr(parameter, "ds_shape")
 
 
-class Zero3:
+class Zero3(world.Team):
     """Parameters of ``deepspeed.zero.Init`` or of an engine of stage 3."""
 
     name = "zero3"
@@ -74,15 +74,6 @@ class Zero3:
         # bytes: not every backend knows every dtype
         dist.gather(mine.view(torch.uint8), rows, dst=0)
         return None if whole is None else whole.view(-1)[: p.ds_numel].view(self.shape(parameter))
-
-    def agree(self, ok: bool) -> bool:
-        return world.agree(ok)
-
-    def same(self, text: str) -> bool:
-        return world.same(text)
-
-    def is_writer(self) -> bool:
-        return world.is_writer()
 
 
 def _ds(parameter: torch.Tensor) -> Any:
