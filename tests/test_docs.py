@@ -51,23 +51,30 @@ def test_python_snippets_ran(workplace: Path) -> None:
     assert (workplace / "exported" / "config.json").is_file()
 
 
-def test_shell_snippets_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workplace)
+@pytest.fixture(scope="module")
+def shell(workplace: Path) -> Path:
+    """The folder after README's commands ran in it, in their order."""
     lines = [line for block in blocks(README, "bash") for line in block.splitlines() if line]
     assert len(lines) >= 4
-    for line in lines:
-        program, *arguments = shlex.split(line, comments=True)
-        assert program == "graft", line
-        result = CliRunner().invoke(cli, arguments, prog_name="graft")
-        assert result.exit_code == 0, f"{line}\n{result.output}"
-    assert (workplace / "fused-half" / "config.json").is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        for line in lines:
+            program, *arguments = shlex.split(line, comments=True)
+            assert program == "graft", line
+            result = CliRunner().invoke(cli, arguments, prog_name="graft")
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+    return workplace
 
 
-def test_a_fused_readme_model_is_the_exported_one(workplace: Path) -> None:
+def test_shell_snippets_run(shell: Path) -> None:
+    assert (shell / "fused-half" / "config.json").is_file()
+
+
+def test_a_fused_readme_model_is_the_exported_one(shell: Path) -> None:
     """Two roads, one number: ``graft fuse`` of the saved adapter, and ``graft.export`` of the model."""
     from graft.tensors import open_checkpoint
 
-    exported, fused = open_checkpoint(workplace / "exported"), open_checkpoint(workplace / "fused")
+    exported, fused = open_checkpoint(shell / "exported"), open_checkpoint(shell / "fused")
     assert exported.entries.keys() == fused.entries.keys()
     assert all(torch.equal(exported.read(name), fused.read(name)) for name in exported.entries)
 

@@ -119,7 +119,7 @@ class Delta:
             left, right = (a_g.T, b_g.T) if piece.transposed else (b_g, a_g)
             term = _cut(Term(piece.rows, piece.cols, left, right, scales), rows, cols)
             if term is not None:
-                terms.append(replace(term, left=_wide(term.left), right=_wide(term.right)))
+                terms.append(replace(term, left=wide(term.left), right=wide(term.right)))
         return cls(stored, tuple(terms))
 
     def local(self, bands: Sequence[Span], cols: Span) -> Delta:
@@ -331,8 +331,8 @@ def _cut(t: Term, rows: Span | None, cols: Span | None) -> Term | None:
     return Term((top, bottom), (first, last), left, right, t.scale)
 
 
-def _wide(factor: torch.Tensor) -> torch.Tensor:
-    """Every bf16, fp16 and fp32 number is a float32 number, so this conversion loses nothing."""
+def wide(factor: torch.Tensor) -> torch.Tensor:
+    """A factor as terms hold it; every bf16 and fp16 number is a float32 number, so nothing is lost."""
     dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
     return factor.to(dtype).contiguous()
 

@@ -58,10 +58,6 @@ class Header:
     entries: tuple[Entry, ...]
     metadata: dict[str, str]
 
-    @property
-    def data_start(self) -> int:
-        return len(self.raw)
-
 
 def nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     """Bytes of a tensor of this shape in a safetensors file."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import finite, switches
+from .options import adapter_config, alpha, switches
 from .output import next_step, print_facts, print_json
 
 
@@ -22,17 +22,8 @@ from .output import next_step, print_facts, print_json
     help="The format to write: a directory of PEFT's, or a file of loralib's.",
 )
 @click.option("--base", metavar="BASE", help="Check names and shapes against this base, and name it.")
-@click.option(
-    "--adapter-config",
-    type=click.Path(path_type=Path),
-    help="The adapter's configuration, when it does not lie beside the weights.",
-)
-@click.option(
-    "--alpha",
-    type=finite,
-    metavar="NUMBER",
-    help="The adapter's alpha, for formats that do not carry it (loralib).",
-)
+@adapter_config
+@alpha
 @click.option(
     "--enable-lora",
     multiple=True,

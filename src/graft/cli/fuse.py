@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import dtype, finite, size, switches
+from .options import adapter_config, alpha, dtype, finite, size, switches, threads
 from .output import duration, next_step, number, percent, print_facts, print_json, progress_bar
 from .output import size as size_text
 
@@ -37,12 +37,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Multiply ΔW by this: 0.5 fuses half of it, -1 takes it away.",
 )
-@click.option(
-    "--alpha",
-    type=finite,
-    metavar="NUMBER",
-    help="The adapter's alpha, for formats that do not carry it (loralib).",
-)
+@alpha
 @click.option(
     "--enable-lora",
     multiple=True,
@@ -57,22 +52,13 @@ if TYPE_CHECKING:
     metavar="SIZE",
     help="Largest file to write: 5GB, 500MB, 2GiB; a larger tensor gets its own.  [default: as BASE]",
 )
-@click.option(
-    "--adapter-config",
-    type=click.Path(path_type=Path),
-    help="The adapter's configuration, when it does not lie beside the weights.",
-)
+@adapter_config
 @click.option(
     "--tied",
     type=click.Choice(["untie", "shared"]),
     help="What to do when an adapter changes one of two tied weights: untie them, or change both.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Threads that stream.  [default: two more than the cores]",
-)
+@threads
 @click.option(
     "--again",
     is_flag=True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from .options import finite
+from .options import adapter_config, alpha
 from .output import count, exactly, number, print_facts, print_json, print_table, size
 
 if TYPE_CHECKING:
@@ -17,17 +17,8 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Show what an adapter or a model holds.")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option(
-    "--alpha",
-    type=finite,
-    metavar="NUMBER",
-    help="The adapter's alpha, for formats that do not carry it (loralib).",
-)
-@click.option(
-    "--adapter-config",
-    type=click.Path(path_type=Path),
-    help="The adapter's configuration file, when it does not lie beside the weights.",
-)
+@alpha
+@adapter_config
 @click.option("--all", "show_all", is_flag=True, help="List every site, not the first 20.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(

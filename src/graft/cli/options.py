@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import click
 
@@ -68,6 +69,26 @@ def switches(words: Iterable[str]) -> list[bool] | dict[str, list[bool]] | None:
     if len(named) > 1:
         raise click.BadParameter("give one list for all modules, or MODULE=LIST for each, not both")
     return named[""]
+
+
+#: options that verbs share
+alpha = click.option(
+    "--alpha",
+    type=finite,
+    metavar="NUMBER",
+    help="The adapter's alpha, for formats that do not carry it (loralib).",
+)
+adapter_config = click.option(
+    "--adapter-config",
+    type=click.Path(path_type=Path),
+    help="The adapter's configuration, when it does not lie beside the weights.",
+)
+threads = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that stream.  [default: two more than the cores]",
+)
 
 
 def _switches(word: str) -> tuple[str, list[bool]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import finite
+from .options import adapter_config, finite, threads
 from .output import duration, print_facts, print_json, progress_bar, size
 
 if TYPE_CHECKING:
@@ -19,17 +19,8 @@ if TYPE_CHECKING:
 @click.option("--base", required=True, help="The base that OUT was fused from: a directory or a hub id.")
 @click.option("--adapter", required=True, type=click.Path(path_type=Path), help="The adapter that was fused.")
 @click.option("--alpha", type=finite, metavar="NUMBER", help="Another alpha than graft.json records.")
-@click.option(
-    "--adapter-config",
-    type=click.Path(path_type=Path),
-    help="The adapter's configuration, when it does not lie beside the weights.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Threads that stream.  [default: two more than the cores]",
-)
+@adapter_config
+@threads
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress bar.")
 def verify(out: Path, base: str, adapter: Path, as_json: bool, **options: Any) -> None:
     """Prove that OUT is BASE + ADAPTER, with the options that its graft.json records.

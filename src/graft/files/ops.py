@@ -15,7 +15,7 @@ import torch
 
 from .. import kernel
 from ..adapter import LowRank
-from ..delta import Delta, Term
+from ..delta import Delta, Term, wide
 from ..rounding import WEIGHT_DTYPES, round_once
 
 #: fp32 factors of one tensor up to this many bytes are kept while it is streamed; larger ones are cut
@@ -125,7 +125,7 @@ def shift(tensor: torch.Tensor, scale: float) -> Delta:
         (0, 1),
         (0, count),
         left,
-        _wide(tensor.detach().reshape(1, -1)),
+        wide(tensor.detach().reshape(1, -1)),
         torch.tensor([scale], dtype=torch.float64),
     )
     return Delta((1, count), (term,))
@@ -136,7 +136,3 @@ def broken(src: torch.Tensor, dst: torch.Tensor) -> int:
     if dst.dtype not in WEIGHT_DTYPES:
         return 0
     return int((src.isfinite() & ~dst.isfinite()).sum())
-
-
-def _wide(factor: torch.Tensor) -> torch.Tensor:
-    return factor.to(torch.float64 if factor.dtype == torch.float64 else torch.float32).contiguous()
