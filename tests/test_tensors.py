@@ -32,7 +32,7 @@ def raw(table: object, data: bytes = b"") -> bytes:
 @given(
     st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(SHAPES, st.sampled_from(PLAIN)), max_size=5)
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_files_agree_with_the_safetensors_library(tmp_path_factory: pytest.TempPathFactory, spec) -> None:
     spec.pop("__metadata__", None)
     folder = tmp_path_factory.mktemp("st")

@@ -124,7 +124,7 @@ def test_needs_neither_deepspeed_nor_lightning(two: Path) -> None:
     assert done.stdout.strip() == str(expected), done.stderr
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
 def test_any_range_of_any_tensor(two: Path, data: st.DataObject) -> None:
     read = open_zero_checkpoint(two / "odd-3-bf16-2")

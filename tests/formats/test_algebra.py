@@ -76,7 +76,7 @@ def shapes_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     return {**{name: site.shape or () for name, site in adapter.sites.items()}, **extra}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(adapters())
 def test_peft_round_trip(adapter: Adapter) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,15 @@ def dense(site: LowRank) -> torch.Tensor:
     return site.delta(site.shape).dense()
 
 
-@settings(max_examples=30, deadline=None)
+def rounded_once(site: LowRank) -> torch.Tensor:
+    """ΔW in float64, each element the exact sum: equal sums are equal bits on every machine."""
+    assert site.shape is not None
+    flat = torch.zeros(math.prod(site.shape), dtype=torch.float64)
+    site.delta(site.shape).add(flat, flat)
+    return flat
+
+
+@settings(max_examples=30)
 @given(sites(FUSED))
 def test_blocks_are_written_as_the_same_delta(drawn: tuple[str, LowRank]) -> None:
     name, site = drawn
@@ -119,10 +127,10 @@ def test_blocks_are_written_as_the_same_delta(drawn: tuple[str, LowRank]) -> Non
     with tempfile.TemporaryDirectory() as folder:
         write(adapter, Path(folder) / "a")
         back = bind(read(Path(folder) / "a"), shapes_of(adapter)).sites[f"layers.0.m.{leaf}"]
-    assert torch.equal(dense(back).view(-1), dense(site).view(-1))
+    assert torch.equal(rounded_once(back), rounded_once(site))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sites(KINDS | FUSED), st.integers(1, 6), st.floats(0.01, 100))
 def test_a_sum_of_updates_is_one_update(drawn: tuple[str, LowRank], rank: int, scale: float) -> None:
     _, one = drawn
@@ -134,15 +142,15 @@ def test_a_sum_of_updates_is_one_update(drawn: tuple[str, LowRank], rank: int, s
     torch.testing.assert_close(dense(total), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sites(KINDS | FUSED), st.integers(0, 4))
 def test_padding_changes_nothing(drawn: tuple[str, LowRank], extra: int) -> None:
     _, site = drawn
     wide = algebra.padded(site, site.rank + extra)
-    assert wide.rank == site.rank + extra and torch.equal(dense(wide), dense(site))
+    assert wide.rank == site.rank + extra and torch.equal(rounded_once(wide), rounded_once(site))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sites({"linear": KINDS["linear"]}), st.integers(1, 9))
 def test_resizing_is_the_best_approximation(drawn: tuple[str, LowRank], rank: int) -> None:
     _, site = drawn

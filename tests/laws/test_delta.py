@@ -49,7 +49,7 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     return w.to(draw(st.sampled_from(DTYPES))), a.to(factor_dtype), b.to(factor_dtype), scale
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems())
 def test_fused_weight_is_the_exact_sum_rounded_once(
     problem: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float],
@@ -84,7 +84,7 @@ def test_kernel_and_torch_give_equal_bits(source: torch.dtype, target: torch.dty
     assert int((out.view(w.shape)[finite] != reference[finite]).sum()) == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.data())
 def test_any_cut_into_flat_ranges_gives_the_same_bits(
     problem: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float], data: st.DataObject
@@ -100,7 +100,7 @@ def test_any_cut_into_flat_ranges_gives_the_same_bits(
     assert same_bits(whole, parts)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 7), st.lists(st.integers(0, 999), max_size=6), st.integers(0, 99))
 def test_cuts_through_bands_of_columns_and_rows(inner: int, band: int, cuts: list[int], seed: int) -> None:
     torch.manual_seed(seed)
@@ -185,7 +185,7 @@ def test_factors_that_do_not_fit_are_refused_with_both_shapes() -> None:
         Delta.of(torch.ones(2, 5), torch.ones(6, 2), 1.0, Layout(), (6, 4))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.floats(allow_nan=False, allow_infinity=False, min_value=-6e4, max_value=6e4), st.sampled_from(DTYPES)
 )
@@ -210,7 +210,7 @@ def test_the_kernel_runs_here() -> None:
     assert kernel.status() == "c"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems(), st.data())
 def test_what_a_process_holds_is_fused_like_its_part_of_the_whole(
     problem: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float], data: st.DataObject
