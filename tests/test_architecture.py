@@ -20,13 +20,13 @@ ROOMS = {
     "carrier": "adapter algebra dora fingerprint",
     "engines": "engines engines.*",
     "model": (
-        "kinds options factors shadow branches branches_megatron adapted attach layers targets fusing model "
-        "verify_model"
+        "kinds options factors shadow branches branches_megatron adapted attach layers targets fusing "
+        "effective model verify_model"
     ),
-    "storage": "safetensors_header pickled mapped atomic checkpoint tensors",
+    "storage": "safetensors_header pickled mapped atomic checkpoint tensors shared_files",
     "formats": "bind bind_* formats formats.*",
     "files": "files files.* fuse_files verify_files inspect_files",
-    "bridge": "persist export_model",
+    "bridge": "persist export_model export_write",
     "cli": "cli cli.* __main__",
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,28 +12,12 @@ from torch import nn
 
 from .adapted import factor_names, slots_of
 from .attach import own_class
+from .effective import effective_weight
 from .engines import Engine, engine_of
-from .engines.wrappers import Together, is_spread, team_of, together, unwrap
+from .engines.wrappers import team_of, together, unwrap
 from .errors import OutputError, StateError
-from .fusing import Held, effective_weight, held_sites
-
-#: the tensor, on the process that writes; None on the others, which call it in the same order
-Make = Callable[[], "torch.Tensor | None"]
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """One tensor of the output before names are converted: how it looks, and how to make it.
-
-    Args:
-        like: a meta tensor of the global shape.
-        same: equal for tensors that are one in memory.
-    """
-
-    like: torch.Tensor
-    dtype: torch.dtype
-    make: Make
-    same: tuple[Any, ...] = ()
+from .export_write import Make, Planned, write
+from .fusing import Held, held_sites
 
 
 @torch.no_grad()
@@ -46,76 +29,52 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = 5 * 10**9,
     force: bool = False,
+    gather: bool = False,
 ) -> Path:
     """Write the model with every adapted weight as W + ΔW, rounded once, to a new directory.
 
     A transformers model is written as its own ``save_pretrained`` would name things (config, generation
     config, tied weights once, transformers 5's packed experts one by one) and loads with
-    ``from_pretrained``; of any other module the safetensors alone are written. One adapted weight is in
-    memory at a time. The directory appears whole or not at all.
+    ``from_pretrained``; of any other module the safetensors alone are written. One block of one adapted
+    weight is in memory at a time. The directory appears whole or not at all.
 
     Given an engine (DeepSpeed, DDP) or a model whose parameters are spread over processes, every process
-    calls this with the same arguments. The first one writes; weights travel to it one by one, so no
-    process holds more than one whole weight. If one fails, all raise.
+    calls this with the same arguments. Where all see the directory (one machine, a shared file system),
+    each writes its own slices into the one file, and only A and B travel. Elsewhere weights travel to the
+    first process one by one, so no process holds more than one whole weight. If one fails, all raise.
 
     Args:
         tokenizer: anything with ``save_pretrained``; written beside the model.
         dtype: of all floating-point parameters; each rounded once. The model's own when None.
         max_shard_size: bytes of tensor data in a file; all in one file when None.
         force: replace an existing model directory.
+        gather: let the weights travel although all processes see the directory. The bytes are the same.
     Raises:
         StateError: the model has no adapter, or a sum overflows the dtype.
         OutputError: the path exists or cannot be written; nothing is left behind.
     """
-    from .atomic import atomic_directory
-    from .tensors import write_shards
-
     team, model, out = team_of(model), unwrap(model), Path(path)
+
+    def finish(folder: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        _write_config(model, folder, dtype)
+
     with together(team) as work:
         if getattr(model, "hf_quantizer", None) is not None:
             raise StateError("the model is quantised; load the base unquantised to export W + ΔW")
         tensors = _convert(model, _without_tied(model, _plan(model, dtype)), team.is_writer())
-        makes = {name: _stepping(t.make, work) for name, t in tensors.items()}
-        if not team.is_writer():
-            for make in makes.values() if is_spread(team) else ():
-                make()
-            return out
-        items = [(name, tuple(t.like.shape), t.dtype, _whole(makes[name])) for name, t in tensors.items()]
-        with atomic_directory(out, force=force) as folder:
-            write_shards(folder, items, max_shard_size=max_shard_size, metadata={"format": "pt"})
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(folder))
-            _write_config(model, folder, dtype)
+        write(work, out, tensors, finish, max_shard_size=max_shard_size, force=force, gather=gather)
     return out
 
 
-def _stepping(make: Make, work: Together) -> Make:
-    """``make``, begun only if no process has failed since the last; whole replicas need not ask."""
-
-    def step() -> torch.Tensor | None:
-        if is_spread(work.team):
-            work.step()
-        return make()
-
-    return step
-
-
-def _whole(make: Make) -> Callable[[], torch.Tensor]:
-    def made() -> torch.Tensor:
-        tensor = make()
-        assert tensor is not None
-        return tensor
-
-    return made
-
-
-def _plan(model: nn.Module, dtype: torch.dtype | None) -> dict[str, _Tensor]:
+def _plan(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Planned]:
     """The plain model's state dict, with a call for each tensor."""
     adapted = {id(h.parameter_tensor): h for h in held_sites(model)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ours = _factor_keys(model)
     ignored = set(cast("list[str]", getattr(model, "_keys_to_ignore_on_save", None) or []))
-    plan: dict[str, _Tensor] = {}
+    plan: dict[str, Planned] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if name in ours or name in ignored:
             continue
@@ -127,8 +86,9 @@ def _plan(model: nn.Module, dtype: torch.dtype | None) -> dict[str, _Tensor]:
         wanted = dtype if cast_it and dtype is not None else value.dtype
         engine = engine_of(value)
         like = torch.empty(engine.shape(value), dtype=value.dtype, device="meta")
-        make = _maker(name, value, engine, adapted.get(id(value)), wanted)
-        plan[name] = _Tensor(like, wanted, make, _identity(value, engine))
+        held = adapted.get(id(value))
+        make = _maker(name, value, engine, held, wanted)
+        plan[name] = Planned(like, wanted, make, _identity(value, engine), value, held)
     return plan
 
 
@@ -165,7 +125,7 @@ def _factor_keys(model: nn.Module) -> set[str]:
     return keys
 
 
-def _without_tied(model: nn.Module, plan: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
+def _without_tied(model: nn.Module, plan: Mapping[str, Planned]) -> dict[str, Planned]:
     """Each stored tensor once; under the name that transformers keeps, else under its first."""
     tied = set(cast("dict[str, str]", getattr(model, "all_tied_weights_keys", None) or {}))
     kept: dict[tuple[Any, ...], str] = {}
@@ -177,28 +137,31 @@ def _without_tied(model: nn.Module, plan: Mapping[str, _Tensor]) -> dict[str, _T
     return {name: t for name, t in plan.items() if name in names}
 
 
-def _convert(model: nn.Module, plan: Mapping[str, _Tensor], writes: bool) -> dict[str, _Tensor]:
+def _convert(model: nn.Module, plan: Mapping[str, Planned], writes: bool) -> dict[str, Planned]:
     """Names and tensors as transformers 5 stores them on disk, where they differ from those in memory."""
     revert = _reverter(model)
     if revert is None:
         return dict(plan)
     meta = {name: torch.empty_like(t.like, dtype=t.dtype, device="meta") for name, t in plan.items()}
     whole = revert(dict(meta))
-    found: dict[str, _Tensor] = {}
+    found: dict[str, Planned] = {}
     for name, t in plan.items():
         try:
             parts = revert({name: meta[name]})
         except Exception:
             # a conversion that needs several tensors at once: its group cannot be streamed
             break
+        if len(parts) == 1 and next(iter(parts.values())) is meta[name]:  # another name for the same tensor
+            found[next(iter(parts))] = t
+            continue
         last = _Cached(revert, name, t, parts)
         for part, value in parts.items():
-            found[part] = _Tensor(value, t.dtype, last.maker(part))
+            found[part] = Planned(value, t.dtype, last.maker(part))
     if {n: t.like.shape for n, t in found.items()} == {n: t.shape for n, t in whole.items()}:
         return found
     made = {name: t.make() for name, t in plan.items()}
     values = revert({name: t for name, t in made.items() if t is not None}) if writes else {}
-    return {n: _Tensor(v, v.dtype, _given(v)) for n, v in values.items()}
+    return {n: Planned(v, v.dtype, _given(v)) for n, v in values.items()}
 
 
 def _given(value: torch.Tensor) -> Make:
@@ -212,7 +175,7 @@ class _Cached:
         self,
         revert: Callable[[dict[str, Any]], dict[str, Any]],
         name: str,
-        t: _Tensor,
+        t: Planned,
         names: Iterable[str],
     ) -> None:
         self.revert, self.name, self.t, self.names = revert, name, t, list(names)

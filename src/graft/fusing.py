@@ -16,7 +16,7 @@ from .adapted import NO_ADAPTER, Adapted, Site, factors
 from .attach import sites
 from .checksum import checksum
 from .delta import Delta
-from .engines import Aligned, Engine, Part, engine_of, here, refuse_unequal, shape_of
+from .engines import Aligned, Engine, Part, cut, engine_of, here, refuse_unequal, shape_of
 from .engines.masters import has_master
 from .engines.wrappers import team_of, unwrap
 from .errors import Problems, StateError, TargetError
@@ -196,67 +196,19 @@ def _own(h: Held) -> Part | None:
     return engine.own(h.parameter_tensor, f.a, f.b, f.layout) if isinstance(engine, Aligned) else None
 
 
-def _pieces(h: Held, delta: Delta) -> list[tuple[Part, Delta, int]]:
+def pieces(h: Held, delta: Delta) -> list[tuple[Part, Delta, int]]:
     """The parts of one weight in this process, each with its own ΔW."""
-    own = _own(h)
-    if own is not None:
-        return [(own, delta, 0)]
-    layout, shape = h.site.layout, h.shape
-    return [(p, *p.localise(delta, layout, shape)) for p in h.engine.parts(h.parameter_tensor)]
-
-
-def effective_weight(h: Held, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-    """``W + ΔW`` rounded once to ``dtype`` (the weight's own when None), as a new tensor.
-
-    Collective where the weight is spread; the process that writes gets the tensor, the others None.
-
-    Raises:
-        StateError: the sum overflows that dtype.
-    """
-    dtype = dtype or h.weight.dtype
-    if h.site.fusion is not None and dtype != h.weight.dtype:
-        raise StateError(
-            f"{h.name} is fused, and rounding it again to {dtype} would round twice; unfuse first"
-        )
-    ((_, delta),) = deltas([h])
-    outs: list[torch.Tensor] = []
-    error: Exception | None = None
-    try:
-        outs = _effective_pieces(h, delta, dtype)
-    except Exception as e:  # the others wait in agree, whatever it is
-        error = e
-    if not h.engine.agree(error is None):
-        raise error or StateError(f"{h.name}: another process could not make its part; see its error")
-    return h.engine.collect(h.parameter_tensor, outs)
-
-
-def _effective_pieces(h: Held, delta: Delta, dtype: torch.dtype) -> list[torch.Tensor]:
-    outs: list[torch.Tensor] = []
-    broken = 0
-    for part, local, start in _pieces(h, delta):
-        if h.site.fusion is not None:
-            outs.append(part.tensor.clone())
-            continue
-        flat = part.tensor.contiguous().view(-1)
-        out = torch.empty_like(flat, dtype=dtype)
-        broken += local.add(flat, out, start=start)
-        outs.append(out.view(part.tensor.shape))
-    if broken:
-        raise StateError(f"{h.name}: {broken} elements of W + ΔW here are beyond the range of {dtype}")
-    return outs
-
-
-def whole_weight(h: Held, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """:func:`effective_weight` where this process is the one that writes."""
-    whole = effective_weight(h, dtype)
-    assert whole is not None
-    return whole
+    layout, own, parts = h.site.layout, _own(h), h.engine.parts(h.parameter_tensor)
+    if own is None:
+        return [(p, *p.localise(delta, layout, h.shape)) for p in parts]
+    shape = own.tensor.shape
+    return [(p, delta if p.within is None else cut(delta, layout, shape, p.within), 0) for p in parts]
 
 
 def _fuse_one(h: Held, delta: Delta) -> None:
     done: list[tuple[Part, Delta, int, exact.Undo]] = []
     try:
-        for part, local, start in _pieces(h, delta):
+        for part, local, start in pieces(h, delta):
             done.append((part, local, start, exact.fuse(part.tensor, local, start=start)))
     except StateError as error:
         for part, local, start, kept in reversed(done):
@@ -270,7 +222,7 @@ def _fuse_one(h: Held, delta: Delta) -> None:
 def _unfuse_one(h: Held, delta: Delta) -> None:
     assert h.site.fusion is not None
     try:
-        for (part, local, start), kept in zip(_pieces(h, delta), h.site.fusion, strict=True):
+        for (part, local, start), kept in zip(pieces(h, delta), h.site.fusion, strict=True):
             exact.unfuse(part.tensor, local, kept, start=start)
     except StateError as error:
         raise StateError(f"{h.name}: {error}") from None
@@ -322,7 +274,7 @@ def _refuse_changed(held: Sequence[Held]) -> None:
     problems = Problems(StateError, "the adapter changed while it was fused:")
     for h, delta in deltas(held):
         assert h.site.fusion is not None
-        for (_, local, _), kept in zip(_pieces(h, delta), h.site.fusion, strict=True):
+        for (_, local, _), kept in zip(pieces(h, delta), h.site.fusion, strict=True):
             if exact.fingerprint(local) != kept.factors:
                 problems.add(f"{h.name}: A, B or the scale is another than at fuse")
                 break

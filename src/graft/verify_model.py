@@ -13,9 +13,10 @@ from torch import nn
 
 from .adapted import factor_names, factors
 from .attach import plain_classes
+from .effective import whole_weight
 from .engines.wrappers import is_spread, team_of, unwrap
 from .errors import StateError, VerifyError
-from .fusing import Held, held_sites, whole_weight
+from .fusing import Held, held_sites
 
 #: relative difference of the outputs that the weights' dtype explains
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -211,6 +211,7 @@ def exports(folder: Path, kind: str, order: str) -> None:
     give(model, factors)
     graft.export(model, folder / "exported")
     graft.export(model, folder / "half", dtype=torch.bfloat16)
+    graft.export(model, folder / "gathered", dtype=torch.bfloat16, gather=True)
     graft.save(model, folder / "adapter")
     after = values(model)
     assert all(torch.equal(after[n], v) for n, v in factors.items()), "export changed the model"
@@ -227,6 +228,8 @@ def exports(folder: Path, kind: str, order: str) -> None:
         assert got.keys() == want.keys()
         assert all(torch.equal(got[n], v) for n, v in want.items())
         half = load_file(folder / "half" / "model.safetensors")
+        gathered = folder / "gathered" / "model.safetensors"
+        assert gathered.read_bytes() == (folder / "half" / "model.safetensors").read_bytes()
         assert all(
             torch.equal(half[n], v) for n, v in load_file(folder / "half-alone" / "model.safetensors").items()
         )
@@ -313,6 +316,10 @@ def refuses_unequal(folder: Path, kind: str, order: str) -> None:
     spread(early, kind)
     refuses(lambda: graft.fuse(early), "different adapters")
     refuses(lambda: graft.export(early, folder / "out"), "different adapters")
+    other, _ = built(kind, order)
+    if rank:
+        other.register_buffer("mine", torch.zeros(2))
+    refuses(lambda: graft.export(other, folder / "out"), "tensors of other names or shapes")
     assert not (folder / "out").exists()
 
 

@@ -335,7 +335,8 @@ def factors_laid_out_by_rank_are_gathered(_: Path) -> None:
 
 @check
 def whole_weights_reach_the_writer(_: Path) -> None:
-    from graft.fusing import effective_weight, held_sites
+    from graft.effective import effective_weight
+    from graft.fusing import held_sites
 
     split, dense = _fused_pair(torch.bfloat16, True)
     import graft

@@ -40,10 +40,13 @@ def test_on_two_processes(case: str, check: str, results: Results) -> None:
         assert not result[check], f"process {rank}:\n{result[check]}"
 
 
-def test_a_process_that_dies_in_export_leaves_nothing_and_stops_the_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gather", [False, True])
+def test_a_process_that_dies_in_export_leaves_nothing_and_stops_the_other(
+    tmp_path: Path, gather: bool
+) -> None:
     context = torch.multiprocessing.get_context("spawn")
     port = free_port()
-    both = [context.Process(target=death, args=(rank, 2, port, str(tmp_path))) for rank in range(2)]
+    both = [context.Process(target=death, args=(rank, 2, port, str(tmp_path), gather)) for rank in range(2)]
     for process in both:
         process.start()
     for process in both:

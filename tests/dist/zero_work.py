@@ -259,7 +259,12 @@ def exported(case: Case, ds: Any, engine: Any, folder: Path) -> None:
     graft.fuse(engine)
     graft.export(engine, folder / "fused", max_shard_size=4000)
     graft.unfuse(engine)
+    graft.export(engine, folder / "gathered", gather=True)
+    graft.export(engine, folder / "half", max_shard_size=4000, dtype=torch.float16)
+    graft.export(engine, folder / "half-gathered", max_shard_size=4000, dtype=torch.float16, gather=True)
     dist.barrier()
+    same_files(folder / "model", folder / "gathered")
+    same_files(folder / "half", folder / "half-gathered")
     from safetensors.torch import load_file
 
     stored = load_file(folder / "model" / "model.safetensors")
@@ -270,6 +275,14 @@ def exported(case: Case, ds: Any, engine: Any, folder: Path) -> None:
         want = {k: v for k, v in whole.state_dict().items() if k in got}
         assert len(want) == len(got) > 10
         assert all(same(got[k], v) for k, v in want.items()), path
+
+
+def same_files(one: Path, other: Path) -> None:
+    """Two directories with the same bytes."""
+    files = sorted(p.name for p in one.iterdir())
+    assert files == sorted(p.name for p in other.iterdir())
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def saved(case: Case, ds: Any, engine: Any, folder: Path) -> None:
@@ -361,12 +374,12 @@ def refusals(case: Case, ds: Any, engine: Any, folder: Path) -> None:
 def failing(case: Case, ds: Any, engine: Any, folder: Path) -> None:
     """One process fails in the middle of an export: both raise, nothing is left, the next one works."""
     import graft
-    from graft import tensors
+    from graft import shared_files
     from graft.engines.zero3 import ENGINE
 
     rank = dist.get_rank()
     text = "no space left" if rank == 0 else "another process"
-    with patched(tensors, "raw_bytes", full_disk if rank == 0 else tensors.raw_bytes):
+    with patched(shared_files, "raw_bytes", full_disk if rank == 0 else shared_files.raw_bytes):
         refused(graft.GraftError, text, graft.export, engine, folder / "m")
     if case.stage == 3:
         real, calls = type(ENGINE).parts, iter(range(1000))
@@ -450,24 +463,26 @@ def curves(case: Case, ds: Any, folder: Path) -> None:
         assert abs(plain[0] - plain[3]) > 1e-3
 
 
-def death(rank: int, world: int, port: int, folder: str) -> None:
-    """The second process dies while weights travel; the first says what it met and what is left."""
+def death(rank: int, world: int, port: int, folder: str, gather: bool) -> None:
+    """The second process dies while it sends or writes; the first says what it met and what is left."""
     import graft
     from graft.engines.zero3 import ENGINE
+    from graft.shared_files import Filler
 
     ds = start(rank, world, port)
     engine = engine_of(next(c for c in CASES if c.name == "z3-fp32"), ds)
-    real, calls = type(ENGINE).collect, iter(range(1000))
+    owner, name = (type(ENGINE), "collect") if gather else (Filler, "write")
+    real, calls = getattr(owner, name), iter(range(1000))
 
-    def collect(self: Any, *args: Any) -> Any:
+    def dying(self: Any, *args: Any) -> Any:
         if rank == 1 and next(calls) == 4:
             os._exit(7)
         return real(self, *args)
 
-    type(ENGINE).collect = collect  # type: ignore[method-assign]
+    setattr(owner, name, dying)
     began = time.perf_counter()
     try:
-        graft.export(engine, Path(folder) / "out" / "model")
+        graft.export(engine, Path(folder) / "out" / "model", gather=gather)
         met = "nothing"
     except Exception as error:
         met = repr(error)

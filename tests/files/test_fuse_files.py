@@ -95,7 +95,7 @@ def test_plain_writes_where_direct_ones_are_refused(
     pair: Path, tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if direct:
-        write = stream._write_all
+        write = stream.write_all
 
         def refuse(fd: int, view: memoryview, at: int) -> None:
             import errno
@@ -106,7 +106,7 @@ def test_plain_writes_where_direct_ones_are_refused(
                 raise OSError(errno.EINVAL, "not here")
             write(fd, view, at)
 
-        monkeypatch.setattr(stream, "_write_all", refuse)
+        monkeypatch.setattr(stream, "write_all", refuse)
     else:
         monkeypatch.delattr("os.O_DIRECT", raising=False)
     fuse(pair / "base", pair / "adapter", tmp_path / "out")

@@ -22,12 +22,13 @@ import torch
 from torch import nn
 
 from ..errors import StateError
-from .protocol import Aligned, Engine, Part
+from .protocol import Aligned, Engine, Part, cut
 
 __all__ = [
     "Aligned",
     "Engine",
     "Part",
+    "cut",
     "engine_of",
     "here",
     "notice",

@@ -33,7 +33,12 @@ class Spread(world.Team):
         p = whole_cuts(parameter)
         where = p.device_mesh.get_coordinate()
         mine = local(p).detach()
-        return [] if where is None else [Part(mine[inside], box) for box, inside in boxes(p, where)]
+        if where is None:
+            return []
+        return [
+            Part(mine[inside], box, within=tuple((s.start, s.stop) for s in inside))
+            for box, inside in boxes(p, where)
+        ]
 
     def gather(self, factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         found: dict[int, torch.Tensor] = {}
@@ -51,6 +56,9 @@ class Spread(world.Team):
 
     def collect(self, parameter: torch.Tensor, pieces: Sequence[torch.Tensor]) -> torch.Tensor | None:
         return dtensor_travel.collect(whole_cuts(parameter), pieces)
+
+    def writes(self, parameter: torch.Tensor) -> bool:
+        return dtensor_travel.sends(whole_cuts(parameter))
 
     def place(
         self, weight: torch.Tensor, layout: Layout, a: torch.Tensor, b: torch.Tensor

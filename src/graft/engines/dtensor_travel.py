@@ -32,15 +32,20 @@ def collect(p: DTensor, pieces: Sequence[torch.Tensor], writer: int = 0) -> torc
         pieces = [pieces[0][inside] for _, inside in boxes(p, mine)]
     if me == writer:
         return _receive(p, pieces)
-    # in a mesh without the writer there are only copies of what others send
-    mesh = p.device_mesh.mesh
-    if bool((mesh == writer).any()) and _sends(p, (mesh == me).nonzero()[0].tolist()):
+    if sends(p, writer):
         for piece in pieces:
             dist.send(_bytes(piece).to(world.device()), dst=writer)
     return None
 
 
-def _sends(p: DTensor, where: Sequence[int]) -> bool:
+def sends(p: DTensor, writer: int = 0) -> bool:
+    """Whether the file's copy of what this process holds is this process's."""
+    # in a mesh without the writer there are only copies of what others send
+    where = p.device_mesh.get_coordinate()
+    return where is not None and bool((p.device_mesh.mesh == writer).any()) and _is_first(p, where)
+
+
+def _is_first(p: DTensor, where: Sequence[int]) -> bool:
     """Whether the process at ``where`` is the first of those that hold the same."""
     cuts = zip(p.placements, where, strict=True)
     return all(at == 0 or axis_of(placement) is not None for placement, at in cuts)
@@ -55,7 +60,7 @@ def _receive(p: DTensor, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     for (box, _), piece in zip(boxes(p, mine), pieces, strict=True):
         whole[slices(box)] = piece.to(whole.device)
     for where in itertools.product(*(range(n) for n in p.device_mesh.shape)):
-        if list(where) == list(mine) or not _sends(p, where):
+        if list(where) == list(mine) or not _is_first(p, where):
             continue
         for box, _ in boxes(p, where):
             buffer = torch.empty(numel(box) * dtype.itemsize, dtype=torch.uint8, device=world.device())

@@ -109,8 +109,18 @@ class Megatron:
         for here, there in split.spans(local.shape):
             index = [(0, n) for n in local.shape]
             index[split.axis] = there
-            found.append(Part(local.narrow(split.axis, here[0], here[1] - here[0]), tuple(index)))
+            within = [(0, n) for n in local.shape]
+            within[split.axis] = here
+            band = local.narrow(split.axis, here[0], here[1] - here[0])
+            found.append(Part(band, tuple(index), within=tuple(within)))
         return found
+
+    def writes(self, parameter: torch.Tensor) -> bool:
+        """The processes of rank 0's own group; the others are its replicas."""
+        split = split_of(parameter)
+        if split is None or not split.spread:
+            return self.is_writer()
+        return dist.get_global_rank(split.group, 0) == 0
 
     def place(
         self, weight: torch.Tensor, layout: Layout, a: torch.Tensor, b: torch.Tensor
@@ -187,6 +197,9 @@ class Megatron:
 
     def is_writer(self) -> bool:
         return world.is_writer()
+
+    def told(self, text: str) -> str:
+        return world.told(text)
 
 
 def _tensor_parallel_group() -> Any:

@@ -36,6 +36,9 @@ class Plain:
         (whole,) = pieces
         return whole
 
+    def writes(self, parameter: torch.Tensor) -> bool:
+        return self.is_writer()
+
     def place(
         self, weight: torch.Tensor, layout: Layout, a: torch.Tensor, b: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,6 +52,9 @@ class Plain:
 
     def is_writer(self) -> bool:
         return True
+
+    def told(self, text: str) -> str:
+        return text
 
 
 ENGINE = Plain()

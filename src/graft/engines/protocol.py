@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -20,19 +21,50 @@ class Part:
         tensor: the piece itself, contiguous, sharing memory with what the engine trains and saves.
         index: for each axis of the weight the range that the piece holds; None for a flat piece.
         start: for a flat piece, the position of its first element in the row-major weight.
+        within: for each axis of this process's own tensor the range where the piece lies; None for all.
     """
 
     tensor: torch.Tensor
     index: tuple[Span, ...] | None = None
     start: int = 0
+    within: tuple[Span, ...] | None = None
 
     def localise(self, delta: Delta, layout: Layout, shape: Sequence[int]) -> tuple[Delta, int]:
         """ΔW of this piece, and the flat position in it of the piece's first element."""
         if self.index is None:
             return delta, self.start
-        if all(span == (0, size) for span, size in zip(self.index, shape, strict=True)):
-            return delta, 0
-        return delta.local(*layout.region(shape, self.index)), 0
+        return cut(delta, layout, shape, self.index), 0
+
+    def runs(self, shape: Sequence[int], first: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """Elements that lie side by side in the row-major weight too, of ``count`` from ``first`` on.
+
+        Yields:
+            Flat position in the piece, flat position in the weight of this shape, length.
+        """
+        if self.index is None:
+            yield first, self.start + first, count
+            return
+        sizes = [high - low for low, high in self.index]
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        # the last axis that is cut: what follows it is whole, so its elements follow each other
+        axis = max((n for n, size in enumerate(sizes) if size != shape[n]), default=0)
+        length = math.prod(sizes[axis:])
+        while count > 0:
+            run, inside = divmod(first, length)
+            at = inside
+            for n in reversed(range(len(sizes))):
+                run, here = divmod(run, sizes[n]) if n < axis else (run, 0)
+                at += (self.index[n][0] + here) * strides[n]
+            taken = min(count, length - inside)
+            yield first, at, taken
+            first, count = first + taken, count - taken
+
+
+def cut(delta: Delta, layout: Layout, shape: Sequence[int], index: Sequence[Span]) -> Delta:
+    """ΔW of the block ``index`` of a weight of this shape."""
+    if all(span == (0, size) for span, size in zip(index, shape, strict=True)):
+        return delta
+    return delta.local(*layout.region(shape, index))
 
 
 class Engine(Protocol):
@@ -61,6 +93,10 @@ class Engine(Protocol):
         """The whole weight from new values of every process's parts, on the writer; else None. Collective."""
         ...
 
+    def writes(self, parameter: torch.Tensor) -> bool:
+        """Whether this process's parts are its to write: of those that hold the same, one says yes."""
+        ...
+
     def place(
         self, weight: torch.Tensor, layout: Layout, a: torch.Tensor, b: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +116,10 @@ class Engine(Protocol):
 
     def is_writer(self) -> bool:
         """Whether this process writes files."""
+        ...
+
+    def told(self, text: str) -> str:
+        """The text that the process that writes has. Collective."""
         ...
 
 

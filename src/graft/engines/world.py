@@ -48,6 +48,15 @@ def is_writer() -> bool:
     return not running() or dist.get_rank() == 0
 
 
+def told(text: str) -> str:
+    """The text that the process that writes has. Collective."""
+    if not running():
+        return text
+    found = [text]
+    dist.broadcast_object_list(found, src=0, device=device())
+    return found[0]
+
+
 class Team:
     """The part of an engine that is the same wherever all processes of the group work on one model."""
 
@@ -59,3 +68,6 @@ class Team:
 
     def is_writer(self) -> bool:
         return is_writer()
+
+    def told(self, text: str) -> str:
+        return told(text)

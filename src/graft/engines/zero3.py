@@ -44,6 +44,9 @@ class Zero3(world.Team):
         p.ds_secondary_tensor = None
         return [Part(_slice(p), start=_start(p))]
 
+    def writes(self, parameter: torch.Tensor) -> bool:
+        return True  # no element is in two slices
+
     def place(
         self, weight: torch.Tensor, layout: Layout, a: torch.Tensor, b: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -12,6 +11,7 @@ from threading import Condition, Event, Lock, Thread
 
 import torch
 
+from ..shared_files import reserve, write_all
 from .shards import CHUNK, Shard
 
 _BLOCK = 4096
@@ -135,13 +135,13 @@ class Writer:
         whole = len(view) - len(view) % _BLOCK if direct >= 0 and self.direct else 0
         if whole:
             try:
-                _write_all(direct, view[:whole], at)
+                write_all(direct, view[:whole], at)
             except OSError as error:
                 if error.errno not in _NOT_HERE:
                     raise
                 self.direct, whole = False, 0
         if whole < len(view):
-            _write_all(plain, view[whole:], at + whole)
+            write_all(plain, view[whole:], at + whole)
         with self._lock:
             self._left[shard.name] -= len(view)
             if not self._left[shard.name]:
@@ -154,7 +154,7 @@ class Writer:
                 plain = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                 self._files[shard.name] = (plain, self._open_direct(path))
                 self._left[shard.name] = shard.size
-                _reserve(plain, shard.size)
+                reserve(plain, shard.size)
             return self._files[shard.name]
 
     def _open_direct(self, path: Path) -> int:
@@ -178,25 +178,3 @@ class Writer:
             if direct >= 0:
                 os.close(direct)
         self._files.clear()
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Give the file its size and, where the file system can, its blocks: full disks show before any work.
-
-    Not os.posix_fallocate: where the file system cannot, the C library would write the zeros itself.
-    """
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        taken = libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size))
-    except (OSError, AttributeError):
-        taken = -1
-        ctypes.set_errno(0)
-    if taken != 0 and ctypes.get_errno() == errno.ENOSPC:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.ftruncate(fd, size)
-
-
-def _write_all(fd: int, view: memoryview, at: int) -> None:
-    while view:
-        done = os.pwrite(fd, view, at)
-        view, at = view[done:], at + done
