@@ -1,9 +1,10 @@
 """Which part of a weight is in this process, and how thin factors and whole weights travel.
 
 Law 2, ``(B·A)[rows, cols] = B[rows] · A[:, cols]``, means that no process ever needs all of W to fuse: it
-adds the block of ΔW that belongs to what it holds. An engine answers four questions about a parameter
-(its global shape, the parts held here, how to gather thin factors, how to bring a whole weight to the one
-process that writes), and nothing else in Graft knows how a model is spread.
+adds the block of ΔW that belongs to what it holds. An engine answers five questions about a parameter
+(its global shape, the parts held here and whether they are this process's to write, how to gather thin
+factors, how to bring a whole weight to the one process that writes), and nothing else in Graft knows how a
+model is spread.
 
 Engines are found by the parameter itself, and only if their library is already imported: a model cannot
 hold a ZeRO or Megatron parameter unless its program imported DeepSpeed or Megatron. To add an engine, write
