@@ -2,11 +2,12 @@
 
     DS_ACCELERATOR=cpu torchrun --nproc-per-node 2 benchmarks/zero3.py
 
-Four ways run in turn on one engine: graft's fuse and unfuse against the same edit inside
-``GatheredParameters``, one weight at a time (DeepSpeed-VisualChat's way), and graft's export against fusing
-so, gathering every parameter for ``save_file`` on the first process, and unfusing. For each: seconds
-(median of the runs, slowest process), bytes that a process receives, and the growth of its anonymous memory.
-The size is set by GRAFT_WIDTH, GRAFT_LAYERS and GRAFT_RUNS in the environment.
+The ways run in turn on one engine: graft's fuse and unfuse against the same edit inside
+``GatheredParameters``, one weight at a time (DeepSpeed-VisualChat's way), and graft's export, with each
+process writing its slices and with weights that travel, against fusing so, gathering every parameter for
+``torch.save`` on the first process, and unfusing. Graft's files are synced to the disk, VisualChat's are not.
+For each: seconds (median of the runs, slowest process), bytes that a process receives, and the growth of its
+anonymous memory. GRAFT_WIDTH, GRAFT_LAYERS, GRAFT_RUNS and GRAFT_DTYPE (bf16, fp32) set the size.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ WIDTH = int(os.environ.get("GRAFT_WIDTH", "2048"))
 LAYERS = int(os.environ.get("GRAFT_LAYERS", "8"))
 RUNS = int(os.environ.get("GRAFT_RUNS", "3"))
 RANK = 16
+DTYPE = os.environ.get("GRAFT_DTYPE", "bf16")
 
 received = 0  # bytes, by the collectives wrapped below
 
@@ -113,7 +115,7 @@ def build(deepspeed: Any) -> Any:
 
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": DTYPE == "bf16"},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -131,8 +133,6 @@ def build(deepspeed: Any) -> Any:
 
 
 def measure(engine: Any, deepspeed: Any, folder: Path) -> None:
-    from safetensors.torch import save_file
-
     import graft
 
     gathered, model, number = deepspeed.zero.GatheredParameters, engine.module, itertools.count()
@@ -154,6 +154,9 @@ def measure(engine: Any, deepspeed: Any, folder: Path) -> None:
     def graft_export() -> None:
         graft.export(engine, folder / f"graft-{next(number)}")
 
+    def travel_export() -> None:
+        graft.export(engine, folder / f"travel-{next(number)}", gather=True)
+
     def gathered_export() -> None:
         edit(1.0)
         state: dict[str, torch.Tensor] = {}
@@ -162,12 +165,10 @@ def measure(engine: Any, deepspeed: Any, folder: Path) -> None:
                 if dist.get_rank() == 0 and not p.requires_grad:
                     state[name] = p.detach().cpu().clone()
         if dist.get_rank() == 0:
-            save_file(state, folder / "gathered.safetensors")
-            with (folder / "gathered.safetensors").open("rb") as f:
-                os.fsync(f.fileno())
+            torch.save(state, folder / "pytorch_model.bin")
         edit(-1.0)
 
-    ways = {f.__name__: f for f in (graft_fuse, gathered_fuse, graft_export, gathered_export)}
+    ways = {f.__name__: f for f in (graft_fuse, gathered_fuse, graft_export, travel_export, gathered_export)}
     told: dict[str, list[int]] = {name: [] for name in ways}
     grown: dict[str, list[int]] = {name: [] for name in ways}
 
@@ -190,7 +191,7 @@ def measure(engine: Any, deepspeed: Any, folder: Path) -> None:
 
 
 def report(seconds: dict[str, list[float]], every: list[dict[str, tuple[int, int]]]) -> None:
-    print(f"{LAYERS} × Linear({WIDTH}, {WIDTH}) bf16, rank {RANK}, {len(every)} processes; {machine()}")
+    print(f"{LAYERS} × Linear({WIDTH}, {WIDTH}) {DTYPE}, rank {RANK}, {len(every)} processes; {machine()}")
     for name, taken in seconds.items():
         most = max(figures[name][0] for figures in every)
         growth = max(figures[name][1] for figures in every)
