@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -88,6 +89,9 @@ class Adapter:
         beside: what else the file holds of the model, by name; binding finds each its place and empties it.
         unmatched: settings of the file that match none of its modules; if names must be repaired, they
             might have meant one.
+        flattened: the names before each parameter's own are spelled with ``_`` in the place of ``.``
+            (kohya's); binding spells them out by the base's names.
+        files: the files that it was read from, weights first.
     """
 
     sites: Mapping[str, LowRank]
@@ -100,6 +104,8 @@ class Adapter:
     unmatched: tuple[str, ...] = ()
     base: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, Beside] = field(default_factory=dict[str, Beside])
+    flattened: bool = False
+    files: tuple[Path, ...] = ()
 
     @property
     def touched(self) -> set[str]:

@@ -12,6 +12,7 @@ import torch
 
 from .adapter import Adapter, LowRank
 from .errors import LayoutError
+from .rounding import two_product
 
 
 def rescaled(site: LowRank, scale: float) -> LowRank:
@@ -28,6 +29,16 @@ def rescaled(site: LowRank, scale: float) -> LowRank:
     if torch.equal(same.double(), wide):
         return replace(site, B=same, scale=scale)
     return replace(site, B=wide.to(torch.promote_types(site.B.dtype, torch.float32)), scale=scale)
+
+
+def folded(site: LowRank, scale: float) -> tuple[LowRank, bool]:
+    """:func:`rescaled`, and whether ``scale · B`` is the same number as before, element by element."""
+    new = rescaled(site, scale)
+    if new is site:
+        return site, True
+    before = two_product(site.B.double(), torch.tensor(site.scale, dtype=torch.float64))
+    after = two_product(new.B.double(), torch.tensor(scale, dtype=torch.float64))
+    return new, all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def plus(one: LowRank, other: LowRank) -> LowRank:

@@ -16,6 +16,7 @@ from .bind_checks import (
     is_absent_head,
     without_tied,
 )
+from .bind_flat import spelled_out
 from .bind_layouts import Misfit, Transposed, Witness, fit
 from .bind_names import Repair, layer_numbers, nearest, renamed, repairs
 from .errors import BaseMismatchError, Problems
@@ -47,7 +48,7 @@ def bind(
     """
     base = {name: tuple(int(n) for n in shape) for name, shape in shapes.items()}
     binder = _Binder(base, config or {}, Witness(config, transposed))
-    adapter = without_tied(adapter, base)
+    adapter = without_tied(spelled_out(adapter, base), base)
     needs = _needs(adapter)
     exact = {key: [name for name in names if name in base] for key, names in needs.items()}
     if not all(exact.values()):

@@ -117,8 +117,10 @@ def fuse(
     inputs.spare_inputs(out, found.folder, adapter)
     if not dry_run:
         check_out(out, force=force)
-    read = formats.read(adapter, alpha=alpha, config=adapter_config, enable_lora=enable_lora)
-    identity = identity_of(inputs.adapter_files(adapter, adapter_config), threads)
+    read = formats.read(
+        adapter, alpha=alpha, config=adapter_config, enable_lora=enable_lora, model=found.config or None
+    )
+    identity = identity_of(read.files, threads)
     refuse_twice(found, identity, again)
     job = inputs.fit(found, read, scale=scale, choice=tied)
     if not other_base:

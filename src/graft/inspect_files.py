@@ -14,7 +14,9 @@ import torch
 
 from . import formats
 from .adapter import Adapter, LowRank
+from .bind import bind
 from .errors import FormatError
+from .files import inputs
 from .tensors import Checkpoint, open_checkpoint
 
 #: what ``graft fuse`` leaves beside the weights
@@ -27,7 +29,7 @@ class SiteReport:
     """One low-rank update.
 
     Args:
-        name: the site's name as the file gives it (not yet bound to a base).
+        name: the site's name: the file's own, or the base's if one is given.
         scale: the multiplier of B·A.
         parameters: numbers in A and B (and DoRA's magnitude).
         norm_A, norm_B: Frobenius norms.
@@ -108,6 +110,7 @@ def inspect(
     format: str | None = None,
     alpha: float | None = None,
     adapter_config: Path | None = None,
+    base: Path | str | None = None,
 ) -> InspectReport:
     """Describe an adapter (directory or file), or a model directory.
 
@@ -117,19 +120,25 @@ def inspect(
         format: the adapter's format, when its content does not tell.
         alpha: for formats that do not carry it; without it those report ``scale = 1/rank`` and say so.
         adapter_config: the adapter's configuration, when it lies elsewhere.
+        base: the base: names are then its own, proved to fit.
     Raises:
         FormatError: nothing that Graft knows, or damaged files.
+        BaseMismatchError: an adapter that does not fit ``base``.
     """
     path = Path(path)
     if not path.exists():
         raise FormatError(f"{path} does not exist; give an adapter's folder or file, or a model's folder")
     if path.is_dir() and _is_model(path):
         return _model(path, open_checkpoint(path))
+    found = None if base is None else inputs.open_base(base)
+    model = None if found is None else found.config or None
     notes: tuple[str, ...] = ()
     if alpha is None:
-        adapter, notes = _read_without_alpha(path, format, adapter_config)
+        adapter, notes = _read_without_alpha(path, format, adapter_config, model)
     else:
-        adapter = formats.read(path, format=format, alpha=alpha, config=adapter_config)
+        adapter = formats.read(path, format=format, alpha=alpha, config=adapter_config, model=model)
+    if found is not None:
+        adapter = bind(adapter, found.shapes, config=found.config)
     return _adapter(path, adapter, notes)
 
 
@@ -161,16 +170,16 @@ def _is_model(folder: Path) -> bool:
 
 
 def _read_without_alpha(
-    path: Path, format: str | None, config: Path | None
+    path: Path, format: str | None, config: Path | None, model: Mapping[str, object] | None
 ) -> tuple[Adapter, tuple[str, ...]]:
     """Inspecting must not need what only fusing needs: an alpha to be given is noted, not asked for."""
     try:
-        return formats.read(path, format=format, config=config), ()
+        return formats.read(path, format=format, config=config, model=model), ()
     except FormatError as refused:
         if "--alpha" not in str(refused):
             raise
         try:
-            adapter = formats.read(path, format=format, alpha=1.0, config=config)
+            adapter = formats.read(path, format=format, alpha=1.0, config=config, model=model)
         except FormatError:
             raise refused from None
     return adapter, ("the files carry no alpha: scales and ‖ΔW‖ are shown for alpha = 1; give --alpha",)

@@ -33,6 +33,7 @@ def save(
     trained: bool = True,
     base_name: str | None = None,
     masters: bool = False,
+    accept_loss: bool = False,
 ) -> list[str]:
     """Write the model's adapter: factors, and every other parameter that trains (``trained``).
 
@@ -41,12 +42,13 @@ def save(
     this; the first one writes, and if one fails, all raise.
 
     Args:
-        path: the new directory (``peft``) or file (``loralib``).
+        path: the new directory (``peft``, ``mlx``, …) or file (``loralib``, …).
         base_name: the base's name for the adapter's configuration; the model's own if it has one.
         masters: DeepSpeed's fp32 masters, which the optimizer trains, in the place of the low-precision
             copies, which the model computes with. ``graft.fuse`` and ``graft.export`` use the copies.
+        accept_loss: leave out what the format cannot hold, and say it.
     Returns:
-        Sentences about what the files cannot say and their reader must be told.
+        Sentences about what was lost or rounded, and what the files cannot say and their reader must be told.
     Raises:
         StateError: the model has no adapter; ``masters`` of a model without them, or not of an engine.
         FormatError: a part of the adapter that the format cannot hold.
@@ -60,7 +62,14 @@ def save(
         notes = _say_which(model, module, masters)
         adapter = adapter_of(module, trained=trained, masters=masters)
         if team.is_writer():
-            notes += write(adapter, Path(path), format=format, base_name=name)
+            notes += write(
+                adapter,
+                Path(path),
+                format=format,
+                base_name=name,
+                model=_about(module),
+                accept_loss=accept_loss,
+            )
     return notes
 
 
@@ -115,11 +124,9 @@ def load(
     from .formats import read
 
     model = unwrap(model)
-    adapter = read(Path(path), format=format, alpha=alpha)
+    about = _about(model)
+    adapter = read(Path(path), format=format, alpha=alpha, model=about)
     inventory = Inventory(model)
-    config = getattr(model, "config", None)
-    to_dict = getattr(config, "to_dict", None)
-    about = cast("Mapping[str, object]", to_dict()) if callable(to_dict) else None
     bound = bind(
         adapter,
         {n: shape_of(t) for n, t in _stored(model).items()},
@@ -146,6 +153,12 @@ def load(
     if not quiet:
         print("\n".join([str(report), *(f"  {note}" for note in bound.notes)]))
     return report
+
+
+def _about(model: nn.Module) -> Mapping[str, object] | None:
+    """The model's ``config.json``, if it is one of transformers'."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    return cast("Mapping[str, object]", to_dict()) if callable(to_dict) else None
 
 
 def _refuse_late(model: nn.Module, adapter: Adapter, makes_factors: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -78,6 +78,7 @@ def verify(
         alpha=said.alpha if alpha is None else alpha,
         config=adapter_config,
         enable_lora=said.enable_lora,
+        model=found.config or None,
     )
     job = inputs.fit(found, read, scale=said.scale, choice=said.tied)
     wanted = Wanted(said.dtype, said.max_shard_size, job.parts, job.added)
@@ -90,7 +91,7 @@ def verify(
         plan.close()
         compared.close()
     compared.tensors()
-    files = _hashes(record, out, found, adapter, adapter_config, plan, compared, threads)
+    files = _hashes(record, out, found, read.files, plan, compared, threads)
     return VerifyReport(
         out=str(out),
         base=inputs.base_name(base, found, _part(record, "base").get("name")),
@@ -149,8 +150,7 @@ def _hashes(
     record: Mapping[str, object],
     out: Path,
     base: Checkpoint,
-    adapter: Path,
-    adapter_config: Path | None,
+    adapter: Sequence[Path],
     plan: Plan,
     compared: Compared,
     threads: int | None,
@@ -188,7 +188,7 @@ def _hashes(
     for name, told in _part(_part(record, "base"), "files").items():
         check("base", base.folder, name, told)
     recorded = list(_part(_part(record, "adapter"), "files").values())
-    for path, told in zip(inputs.adapter_files(adapter, adapter_config), recorded, strict=False):
+    for path, told in zip(adapter, recorded, strict=False):
         check("adapter", path.parent, path.name, told)
     problems.raise_if_any("A file was edited after the fuse, or these are not the inputs it was made from.")
     return agree

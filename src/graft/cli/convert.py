@@ -7,19 +7,19 @@ from typing import Any
 
 import click
 
-from .options import adapter_config, alpha, switches
+from .options import FormatName, adapter_config, alpha, switches
 from .output import next_step, print_facts, print_json
 
 
 @click.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="What to write.")
+@click.option("--to", type=FormatName("WRITERS"), help="The format to write.  [default: peft]")
 @click.option(
-    "--to",
-    type=click.Choice(["peft", "loralib"]),
-    default="peft",
-    show_default=True,
-    help="The format to write: a directory of PEFT's, or a file of loralib's.",
+    "--for",
+    "serve",
+    type=FormatName("SERVERS"),
+    help="Write the PEFT files that this server loads right: one rank, every scale folded into B.",
 )
 @click.option("--base", metavar="BASE", help="Check names and shapes against this base, and name it.")
 @adapter_config
@@ -30,6 +30,9 @@ from .output import next_step, print_facts, print_json
     callback=lambda _, __, words: switches(words),
     metavar="[MODULE=]1,0,1",
     help="For loralib's MergedLinear: which blocks are adapted, as for graft fuse.",
+)
+@click.option(
+    "--accept-loss", is_flag=True, help="Leave out what the format cannot hold, and say what it was."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def convert(adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
@@ -53,4 +56,5 @@ def convert(adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
         ("full tensors", str(report.replaced) if report.replaced else ""),
     ]
     print_facts(f"converted {report.out} ({report.written_as})", facts, report.notes)
-    next_step(f"graft inspect {report.out}")
+    alpha = report.needs.get("alpha")
+    next_step(f"graft inspect {report.out}" + (f" --alpha {alpha:g}" if isinstance(alpha, float) else ""))

@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 @click.argument("path", type=click.Path(path_type=Path))
 @alpha
 @adapter_config
+@click.option("--base", metavar="BASE", help="Show the sites under this base's names, proved to fit it.")
 @click.option("--all", "show_all", is_flag=True, help="List every site, not the first 20.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(
-    path: Path, alpha: float | None, adapter_config: Path | None, show_all: bool, as_json: bool
+    path: Path,
+    alpha: float | None,
+    adapter_config: Path | None,
+    base: str | None,
+    show_all: bool,
+    as_json: bool,
 ) -> None:
     """Show what PATH holds: an adapter (directory or file) or a model (directory).
 
@@ -32,7 +38,7 @@ def inspect(
     from ..inspect_files import AdapterReport
     from ..inspect_files import inspect as inspect_files
 
-    report = inspect_files(path, alpha=alpha, adapter_config=adapter_config)
+    report = inspect_files(path, alpha=alpha, adapter_config=adapter_config, base=base)
     if as_json:
         print_json(report.to_dict())
     elif isinstance(report, AdapterReport):

@@ -59,6 +59,32 @@ def finite(text: str) -> float:
     return number
 
 
+class FormatName(click.ParamType[str]):
+    """One of the names in a table of :mod:`graft.formats`, which is asked only when it is needed.
+
+    Importing it takes torch's seconds, and the command's help should not wait for it.
+    """
+
+    name = "format"
+
+    def __init__(self, table: str) -> None:
+        self._table = table
+
+    def _names(self) -> list[str]:
+        from .. import formats
+
+        return list(getattr(formats, self._table))
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(self._names())}]"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        names = self._names()
+        if value not in names:
+            self.fail(f"{value!r} is not one of: {', '.join(names)}", param, ctx)
+        return value
+
+
 def switches(words: Iterable[str]) -> list[bool] | dict[str, list[bool]] | None:
     """Which blocks are on: ``1,0,1`` for every module, or ``qkv=1,0,1`` for those whose name ends so."""
     named = dict(_switches(word) for word in words)

@@ -163,16 +163,6 @@ def open_base(base: Path | str) -> Checkpoint:
     return open_checkpoint(resolve_base(base))
 
 
-def adapter_files(path: Path, config: Path | None) -> list[Path]:
-    """The adapter's weight files (every rank's of a checkpoint), and its configuration if it has one."""
-    from ..formats import weight_files
-
-    weights = weight_files(path)
-    folder = path if path.is_dir() else path.parent
-    beside = config if config is not None else folder / "adapter_config.json"
-    return [*weights, beside] if beside.exists() else weights
-
-
 def digest(path: Path, threads: int | None = None) -> dict[str, object]:
     """Size and hashes of a file."""
     size = path.stat().st_size

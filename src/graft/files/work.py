@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def _told(total: int, length: int) -> dict[str, object]:
     return {"bytes": length, "checksum": inputs.hexadecimal(total, length)}
 
 
-def identity_of(files: list[Path], threads: int | None) -> dict[str, dict[str, object]]:
+def identity_of(files: Sequence[Path], threads: int | None) -> dict[str, dict[str, object]]:
     return {path.name: inputs.digest(path, threads) for path in files}
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import FormatError
-from .graft_states import GraftFormat
-from .loralib import LoralibFormat
-from .peft import PeftFormat
-from .protocol import EnableLora, Format, Options
-from .source import Source, open_source, weight_files
+from .container import Container
+from .holding import carried
+from .protocol import EnableLora, Format, Options, Target, Writer, Written
+from .registry import CONTAINERS, FORMATS, SERVERS, WRITERS
+from .source import Source, find_source
 
-__all__ = ["FORMATS", "Format", "Options", "Source", "read", "weight_files", "write"]
-
-#: every known format, in the order in which detection asks them
-FORMATS: tuple[Format, ...] = (GraftFormat(), PeftFormat(), LoralibFormat())
+__all__ = [
+    "CONTAINERS", "FORMATS", "SERVERS", "WRITERS", "Container", "Format", "Options", "Source", "Target",
+    "Writer", "Written", "read", "write", "writer", "written",
+]  # fmt: skip
 
 
 def read(
@@ -27,6 +27,7 @@ def read(
     alpha: float | None = None,
     config: Path | None = None,
     enable_lora: EnableLora | None = None,
+    model: Mapping[str, object] | None = None,
 ) -> Adapter:
     """Read an adapter file or directory, recognised by its content.
 
@@ -34,18 +35,23 @@ def read(
         path: the adapter's file or directory.
         format: read it as this format instead of asking each.
         alpha: LoRA's alpha, for formats that do not carry it (loralib).
-        config: the adapter's json, if it does not lie beside the weights.
+        config: the adapter's configuration, if it does not lie beside the weights.
         enable_lora: loralib's MergedLinear: which output blocks are adapted, e.g. ``[True, False, True]``,
             or such a list for each module by the end of its name.
+        model: the base's ``config.json``, for formats that have names or an order of rows of their own.
     Returns:
         The adapter with the names and shapes of its file; :func:`graft.bind.bind` fits it to a base.
     Raises:
         FormatError: not an adapter of a known format, or one that cannot be honoured in full.
     """
-    source = open_source(Path(path), config)
-    options = Options(alpha, enable_lora)
-    adapter = _choose(source, format).read(source, options)
-    return replace(adapter, beside=source.beside, notes=(*adapter.notes, *source.notes))
+    chosen = None if format is None else _reader(format)
+
+    def recognised(source: Source) -> bool:
+        return any(known.detect(source) for known in (FORMATS if chosen is None else (chosen,)))
+
+    source = find_source(Path(path), CONTAINERS, recognised, config)
+    adapter = (chosen or _detected(source)).read(source, Options(alpha, enable_lora, model))
+    return replace(adapter, beside=source.beside, notes=(*adapter.notes, *source.notes), files=source.files)
 
 
 def write(
@@ -54,7 +60,9 @@ def write(
     *,
     format: str = "peft",
     base_name: str | None = None,
+    model: Mapping[str, object] | None = None,
     extra_config: Mapping[str, object] | None = None,
+    accept_loss: bool = False,
 ) -> list[str]:
     """Write an adapter that is bound to its base.
 
@@ -63,31 +71,53 @@ def write(
         path: the new directory (PEFT) or file (loralib).
         format: the format's name.
         base_name: the base model's name, where the format has a place for it.
+        model: the base's ``config.json``, for formats that have names or an order of rows of their own.
         extra_config: further entries of the format's configuration.
+        accept_loss: leave out what the format cannot hold, and say it.
     Returns:
-        Sentences about what the files cannot say and their reader must be told.
+        Sentences about what was lost or rounded, and what the files cannot say and their reader must be told.
     Raises:
-        FormatError: a part of the adapter that the format cannot hold.
+        FormatError: parts of the adapter that the format cannot hold, all of them in one message.
         OutputError: the path exists or cannot be written.
     """
-    return by_name(format).write(adapter, Path(path), base_name, extra_config or {})
+    target = Target(base_name, model, extra_config or {})
+    return written(adapter, path, writer(format), target, accept_loss=accept_loss).notes
 
 
-def by_name(name: str) -> Format:
-    """The format of this name.
+def written(
+    adapter: Adapter, path: Path, to: Writer, target: Target, *, accept_loss: bool = False
+) -> Written:
+    """:func:`write` with a chosen writer; also what the files' reader must be told."""
+    if adapter.flattened:
+        raise FormatError(
+            "the adapter's names are spelled with _ for . and only the base's names tell which they are; "
+            "give the base: --base BASE"
+        )
+    kept, lost = carried(to, adapter, target, accept=accept_loss)
+    done = to.write(kept, Path(path), target)
+    return replace(done, notes=[*lost, *done.notes])
+
+
+def writer(name: str) -> Writer:
+    """The format of this name, to be written.
 
     Raises:
-        FormatError: no such format.
+        FormatError: no such format, or one that is only read.
     """
+    if name in WRITERS:
+        return WRITERS[name]
+    _reader(name)
+    raise FormatError(f"format {name!r} is read only; write one of: {', '.join(WRITERS)}")
+
+
+def _reader(name: str) -> Format:
     for known in FORMATS:
         if known.name == name:
             return known
     raise FormatError(f"unknown format {name!r}; use one of: {', '.join(f.name for f in FORMATS)}")
 
 
-def _choose(source: Source, name: str | None) -> Format:
-    if name is not None:
-        return by_name(name)
+def _detected(source: Source) -> Format:
     for known in FORMATS:
         if known.detect(source):
             return known

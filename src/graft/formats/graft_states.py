@@ -6,9 +6,6 @@ The names say which parameter is adapted (``lora_A_<parameter>`` if it is not ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from ..adapter import Adapter, LowRank
 from ..errors import FormatError
 from .ledger import Ledger
@@ -32,11 +29,6 @@ class GraftFormat:
     def read(self, source: Source, options: Options) -> Adapter:
         options.refuse_unused("Graft's checkpoint", alpha=True, enable_lora=True)
         return _read(source)
-
-    def write(
-        self, adapter: Adapter, path: Path, base_name: str | None, extra: Mapping[str, object]
-    ) -> list[str]:
-        raise FormatError('"graft" is how trainers save a model with its adapter; write format="peft"')
 
 
 def _read(source: Source) -> Adapter:

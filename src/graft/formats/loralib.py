@@ -16,7 +16,7 @@ from ..adapter import Adapter, LowRank
 from ..errors import FormatError
 from ..layout import Layout
 from .ledger import Ledger, listed
-from .protocol import Options
+from .protocol import Loss, Options, Target, Written
 from .source import Source
 
 
@@ -32,22 +32,19 @@ class LoralibFormat:
     def read(self, source: Source, options: Options) -> Adapter:
         return _read(source, options)
 
-    def write(
-        self, adapter: Adapter, path: Path, base_name: str | None, extra: Mapping[str, object]
-    ) -> list[str]:
+    def losses(self, adapter: Adapter, target: Target) -> list[Loss]:
+        from . import loralib_writer
+
+        return loralib_writer.losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path, target: Target) -> Written:
         from . import loralib_writer
 
         return loralib_writer.write(adapter, path)
 
 
 def _read(source: Source, options: Options) -> Adapter:
-    if options.alpha is None:
-        raise FormatError(
-            f"{source.weights} is loralib's, whose files do not carry alpha; give the lora_alpha used in "
-            "training with --alpha (alpha= in Python)"
-        )
-    if not options.alpha > 0:
-        raise FormatError(f"alpha must be positive, got {options.alpha:g}")
+    alpha = options.alpha_for("loralib", source.weights, "lora_alpha")
     ledger = Ledger(source.tensors, source.weights)
     ledger.check_tensors()
     ledger.problems.raise_if_any()
@@ -80,7 +77,7 @@ def _read(source: Source, options: Options) -> Adapter:
         )
     ledger.close()
     note = "loralib's files do not name the class of a module: it is told by the base's shapes"
-    return Adapter(sites, replace, format="loralib", config={"alpha": options.alpha}, notes=(note,))
+    return Adapter(sites, replace, format="loralib", config={"alpha": alpha}, notes=(note,))
 
 
 def _blocks(module: str, options: Options) -> Sequence[bool] | None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from ..adapter import Beside
 from ..errors import FormatError
-from ..pickled import load_pickled
-from ..tensors import load_file, read_json
+from ..tensors import read_json
+from .container import Container, Opened
 from .stored import Stored
-from .training import is_training, split, state_dict_of
-from .zero_checkpoint import find_files, is_checkpoint, open_zero_checkpoint
-from .zero_checkpoint.states import FRAMEWORKS
+from .training import is_training, split
 
-#: weight files of an adapter directory, as PEFT names them
-_PREFERRED = ("adapter_model.safetensors", "adapter_model.bin")
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+#: the file that a producer calls the adapter, where a directory holds more weight files than that
+_PREFERRED = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "pytorch_adapter.bin")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".lora", ".gguf")
 CONFIG_NAME = "adapter_config.json"
 
 
@@ -29,102 +28,168 @@ class Source:
 
     Args:
         path: what the user named: a file or a directory.
-        weights: the file that holds the tensors.
+        opened: the container that the tensors lie in.
         tensors: all of its tensors by key, on the CPU, mapped where the file allows.
-        config: the adapter's json beside it; None if there is none.
-        config_path: where that json is or would be, for messages.
+        given: the configuration that the user named (``--adapter-config``), which stands for whatever
+            configuration the format asks for.
         beside: the rest of the model, where the file holds a whole model as it was trained.
         notes: what the user must be told of the file.
     """
 
     path: Path
-    weights: Path
+    opened: Opened
     tensors: Mapping[str, torch.Tensor]
-    config: Mapping[str, object] | None
-    config_path: Path
+    given: Path | None = None
     beside: Mapping[str, Beside] = field(default_factory=dict[str, Beside])
     notes: tuple[str, ...] = ()
+    _used: dict[Path, Mapping[str, object]] = field(
+        default_factory=dict[Path, "Mapping[str, object]"], repr=False
+    )
+
+    @property
+    def weights(self) -> Path:
+        """The file (or directory) that holds the tensors."""
+        return self.opened.weights
+
+    @property
+    def kind(self) -> str:
+        """The container's name: ``tensors`` for plain weight files."""
+        return self.opened.kind
+
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        """What the container says beside its tensors, such as safetensors' metadata."""
+        return self.opened.metadata
+
+    @property
+    def config(self) -> Mapping[str, object] | None:
+        """``adapter_config.json``; PEFT, MLX and AdapterHub use this name with three schemas."""
+        return self.settings(CONFIG_NAME)
+
+    @property
+    def config_path(self) -> Path:
+        """Where that json is or would be, for messages."""
+        return self.where(CONFIG_NAME)
+
+    def where(self, *names: str) -> Path:
+        """The companion of the first of these names that exists; where it would be if none does."""
+        if self.given is not None:
+            return self.given
+        places = [folder / name for name in names for folder in self.opened.folders]
+        return next((place for place in places if place.is_file()), self.opened.folders[0] / names[0])
+
+    def settings(self, *names: str) -> Mapping[str, object] | None:
+        """The json or yaml companion of the first of these names that exists; None if there is none.
+
+        Raises:
+            FormatError: it cannot be read.
+        """
+        path = self.where(*names)
+        if not path.is_file():
+            return None
+        if path not in self._used:
+            yaml = path.suffix in (".yaml", ".yml")
+            self._used[path] = _read_yaml(path) if yaml else read_json(path)
+        return self._used[path]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that was read so far: the weights first, then the companions."""
+        return (*self.opened.files, *self._used)
 
 
-def open_source(path: Path, config: Path | None = None) -> Source:
-    """Open an adapter file or directory, or a trainer's checkpoint with an adapter in it.
+def open_source(path: Path, container: Container, config: Path | None = None) -> Source:
+    """Open one container; the adapter is taken out of a training run's whole state dict.
 
     Args:
-        path: a weight file, a directory that holds one, or a DeepSpeed engine's checkpoint directory.
-        config: a json to use instead of the ``adapter_config.json`` beside the weights.
+        config: a configuration to use instead of the ones beside the weights.
     Raises:
-        FormatError: no such path, no weight file or several, a file that cannot be read.
+        FormatError: a file that cannot be read.
+    """
+    opened = container.open(path)
+    source = Source(path, opened, opened.tensors, config)
+    whole = opened.whole
+    if whole is None:
+        if not is_training(opened.tensors, source.config):
+            return source
+        whole = {name: Stored.of(tensor) for name, tensor in opened.tensors.items()}
+    parts = split(whole, opened.weights, source.config, opened.buffers)
+    return replace(source, tensors=parts.tensors, beside=parts.beside, notes=parts.notes)
+
+
+def find_source(
+    path: Path,
+    containers: Sequence[Container],
+    recognised: Callable[[Source], bool],
+    config: Path | None = None,
+) -> Source:
+    """Open the adapter that the user named: a file, or a directory that holds one.
+
+    Args:
+        containers: the known containers; the last takes any file.
+        recognised: whether a format knows the source; asked only where a directory has several files.
+        config: a configuration to use instead of the ones beside the weights.
+    Raises:
+        FormatError: no such path, no adapter or several, a file that cannot be read.
     """
     path = Path(path)
-    if _is_engines(path):
-        return _open_engines(path, config)
-    weights = _weight_file(path)
-    found, config_path = _config(weights.parent, config)
-    nested = None if weights.suffix == ".safetensors" else _state_dict(weights)
-    tensors = load_file(weights) if nested is None else nested
-    if nested is None and not is_training(tensors, found):
-        return Source(path, weights, tensors, found, config_path)
-    stored = {name: Stored.of(tensor) for name, tensor in tensors.items()}
-    parts = split(stored, weights, found, frozenset())
-    return Source(path, weights, parts.tensors, found, config_path, parts.beside, parts.notes)
+    if config is not None and not Path(config).is_file():
+        raise FormatError(f"there is no adapter configuration at {config}; correct the path given")
+    found = _candidates(path, containers)
+    if len(found) == 1:
+        return open_source(*found[0], config)
+    known: list[Source] = []
+    for place, container in found:
+        try:
+            source = open_source(place, container, config)
+        except FormatError:
+            continue  # a trainer's other files: optimizer states, schedulers
+        if recognised(source):
+            known.append(source)
+    if len(known) == 1:
+        return known[0]
+    names = ", ".join(one.weights.name for one in known) or ", ".join(place.name for place, _ in found)
+    what = "adapters" if known else "weight files"
+    raise FormatError(f"{path} holds several {what} ({names}); name the adapter's file itself")
 
 
-def _open_engines(path: Path, config: Path | None) -> Source:
-    """A DeepSpeed engine's checkpoint; the configuration may lie in its folder."""
-    beside_tags = path.parent if not (path / CONFIG_NAME).is_file() else path
-    found, config_path = _config(beside_tags if (beside_tags / CONFIG_NAME).is_file() else path, config)
-    checkpoint = open_zero_checkpoint(path)
-    parts = split(checkpoint.stored, path, found, checkpoint.buffers)
-    return Source(path, path, parts.tensors, found, config_path, parts.beside, parts.notes)
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files that decide an adapter: its weights, or every rank's share of what was trained."""
-    if not _is_engines(path):
-        return [_weight_file(path)]
-    found = find_files(path)
-    return [*(found.optimizer or found.model).values()]
-
-
-def _is_engines(path: Path) -> bool:
-    """An engine's checkpoint, unless the trainer wrote an adapter's files into the same folder."""
-    return path.is_dir() and not any((path / name).is_file() for name in _PREFERRED) and is_checkpoint(path)
-
-
-def _state_dict(weights: Path) -> dict[str, torch.Tensor] | None:
-    """The state dict inside a trainer's file; None if the file is not one."""
-    return state_dict_of(load_pickled(weights, inert=FRAMEWORKS))
-
-
-def _config(folder: Path, given: Path | None) -> tuple[Mapping[str, object] | None, Path]:
-    path = Path(given) if given is not None else folder / CONFIG_NAME
-    if given is not None and not path.is_file():
-        raise FormatError(f"there is no adapter configuration at {path}; correct the path given")
-    return (read_json(path) if path.is_file() else None), path
-
-
-def _weight_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
+def _candidates(path: Path, containers: Sequence[Container]) -> list[tuple[Path, Container]]:
+    if not path.exists():
         raise FormatError(f"there is no adapter at {path}; name an adapter file or directory that exists")
-    preferred = [path / name for name in _PREFERRED if (path / name).is_file()]
+    preferred = [path / name for name in _PREFERRED if path.is_dir() and (path / name).is_file()]
     if len(preferred) > 1:
         raise FormatError(
             f"{path} holds both {' and '.join(p.name for p in preferred)}, which may differ; "
             "name the one to use, or remove the other"
         )
-    if preferred:
-        return preferred[0]
-    found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    here = next((one for one in containers if not preferred and one.holds(path)), None)
+    if here is not None:
+        return [(path, here)]
+    places = preferred or sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+    if not places:
         raise FormatError(
-            f"{path} holds no adapter weights ({' or '.join(_PREFERRED)}); it holds: {_listing(path)}"
+            f"{path} holds no adapter weights ({' or '.join(_PREFERRED[:2])}); it holds: {_listing(path)}"
         )
-    names = ", ".join(p.name for p in found)
-    raise FormatError(f"{path} holds several weight files ({names}); name the adapter's file itself")
+    return [(place, next(one for one in containers if one.holds(place))) for place in places]
+
+
+def _read_yaml(path: Path) -> Mapping[str, object]:
+    """A YAML mapping, by PyYAML's safe loader.
+
+    Raises:
+        FormatError: unreadable, no mapping, or PyYAML is not installed.
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise FormatError(f"{path} needs PyYAML to be read: pip install pyyaml") from None
+    try:
+        value: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FormatError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} holds no mapping of settings")
+    return cast("dict[str, object]", value)
 
 
 def _listing(path: Path) -> str:

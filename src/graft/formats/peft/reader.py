@@ -7,7 +7,6 @@ import torch
 from ...adapter import Adapter, LowRank
 from ...errors import FormatError
 from ...fingerprint import loads
-from ...tensors import metadata
 from ..ledger import Ledger, listed
 from ..source import Source
 from . import config as peft_config
@@ -76,8 +75,7 @@ class _Reader:
         )  # fmt: skip
 
     def _fingerprints(self) -> dict[str, str]:
-        weights = self.source.weights
-        return loads(metadata(weights)) if weights.suffix == ".safetensors" else {}
+        return loads({key: str(value) for key, value in self.source.metadata.items()})
 
     def _one_adapter(self) -> None:
         names = sorted({k.adapter for k in self.keys if k.adapter})

@@ -11,34 +11,33 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 from ...adapter import Adapter
 from ...fingerprint import dumps
 from ...tensors import atomic_directory, save_file
+from ..protocol import Target, Written
 from .collect import Files, collect
 
 #: the version whose dialect is written: it decides how a reader takes packed parameters
 DIALECT = "0.21.0"
 
 
-def write(adapter: Adapter, path: Path, base_name: str | None, extra: Mapping[str, object]) -> list[str]:
+def write(adapter: Adapter, path: Path, target: Target) -> Written:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into the new directory ``path``.
 
     Raises:
-        FormatError: an adapter that is not bound, or a part that PEFT cannot hold.
         OutputError: ``path`` exists or cannot be written.
     """
     files = collect(adapter)
-    config = {**_config(adapter, files, base_name), **extra}
+    config = {**_config(adapter, files, target.base_name), **target.extra}
     with atomic_directory(path) as staging:
         save_file(
             files.tensors, staging / "adapter_model.safetensors", {"format": "pt", **dumps(adapter.base)}
         )
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (staging / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    return files.notes
+    return Written(files.notes)
 
 
 def _config(adapter: Adapter, files: Files, base_name: str | None) -> dict[str, object]:

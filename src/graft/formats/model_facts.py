@@ -1,0 +1,69 @@
+"""What a base's ``config.json`` says of its attention and depth, for formats that need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from ..errors import FormatError
+
+#: transformers' names of one quantity, in the order in which they are asked for
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of a decoder.
+
+    Args:
+        heads, kv_heads, head_dim: of its attention.
+        layers: how many.
+        model_type: transformers' name of the architecture; empty if not said.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+    model_type: str
+
+    @property
+    def per_group(self) -> int:
+        """Query heads of each key/value head."""
+        return self.heads // self.kv_heads
+
+
+def model_facts(config: Mapping[str, object] | None, needed_by: str) -> ModelFacts:
+    """Read them; a vision-language model's are its language model's (``text_config``).
+
+    Args:
+        needed_by: the format, for messages.
+    Raises:
+        FormatError: no base is given, or its config does not say them.
+    """
+    if config is None:
+        raise FormatError(f"{needed_by} needs the base's config.json: give the base (--base BASE)")
+    inner = config.get("text_config")
+    table = {**config, **(cast("dict[str, object]", inner) if isinstance(inner, dict) else {})}
+    heads, hidden, layers = (_number(table, names) for names in (_HEADS, _HIDDEN, _LAYERS))
+    head_dim = _number(table, ("head_dim",)) or (hidden // heads if hidden and heads else None)
+    if not heads or not head_dim or not layers:
+        missing = [n[0] for n, v in ((_HEADS, heads), (_HIDDEN, head_dim), (_LAYERS, layers)) if not v]
+        raise FormatError(
+            f"{needed_by} needs {', '.join(missing)}, which the base's config.json does not say"
+        )
+    return ModelFacts(
+        heads, _number(table, _KV_HEADS) or heads, head_dim, layers, str(table.get("model_type", ""))
+    )
+
+
+def _number(table: Mapping[str, object], names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = table.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None

@@ -1,0 +1,26 @@
+"""Every known format and container.
+
+A new one adds its line here, and so joins detection, the command and the laws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .container import Container, EngineCheckpoint, TensorFile
+from .graft_states import GraftFormat
+from .loralib import LoralibFormat
+from .peft.format import PeftFormat, PortablePeft
+from .protocol import Format, Writer
+
+#: in the order in which they are asked; the last takes any file
+CONTAINERS: tuple[Container, ...] = (EngineCheckpoint(), TensorFile())
+
+#: in the order in which detection asks them: those with names of their own before those with common ones
+FORMATS: tuple[Format, ...] = (GraftFormat(), PeftFormat(), LoralibFormat())
+
+#: the formats that can be written, by name
+WRITERS: Mapping[str, Writer] = {one.name: one for one in FORMATS if isinstance(one, Writer)}
+
+#: programs that serve adapters → the form that they load right
+SERVERS: Mapping[str, Writer] = {"vllm": PortablePeft()}
