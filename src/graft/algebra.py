@@ -21,9 +21,9 @@ def rescaled(site: LowRank, scale: float) -> LowRank:
     Exact where the quotient is a power of two; otherwise B becomes float32 (float64 if it was) and each of
     its elements is rounded once.
     """
-    ratio = site.scale / scale
-    if ratio == 1.0:
+    if site.scale == scale:
         return site
+    ratio = site.scale / scale
     wide = site.B.double() * ratio
     same = wide.to(site.B.dtype)
     if torch.equal(same.double(), wide):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from graft.bind import bind
@@ -238,6 +239,18 @@ def test_unknown_column_order_is_refused(tmp_path: Path) -> None:
     wrapped = peers.adapted(model, target_modules=[], target_parameters=["experts.down_proj"])
     folder = edit(peers.save(wrapped, tmp_path / "a"), peft_version=...)
     with pytest.raises(FormatError, match="peft_version"):
+        read(folder)
+
+
+def test_stacked_experts_of_megatron_bridge_are_refused(tmp_path: Path) -> None:
+    """Its newer files hold [E, r, in] and [E, out, r] under PEFT's names, which PEFT itself cannot load."""
+    model = Moe()
+    wrapped = peers.adapted(model, target_modules=[], target_parameters=["experts.down_proj"])
+    folder = peers.save(wrapped, tmp_path / "a")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    stacked = {name: torch.stack([tensor] * 2) for name, tensor in tensors.items()}
+    save_file(stacked, folder / "adapter_model.safetensors")
+    with pytest.raises(FormatError, match="do not agree on the rank"):
         read(folder)
 
 

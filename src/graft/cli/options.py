@@ -102,7 +102,7 @@ alpha = click.option(
     "--alpha",
     type=finite,
     metavar="NUMBER",
-    help="The adapter's alpha, for formats that do not carry it (loralib).",
+    help="The adapter's alpha, for formats that do not carry it (loralib; DeepSpeed-Chat: lora_scaling).",
 )
 adapter_config = click.option(
     "--adapter-config",

@@ -34,7 +34,7 @@ def read(
     Args:
         path: the adapter's file or directory.
         format: read it as this format instead of asking each.
-        alpha: LoRA's alpha, for formats that do not carry it (loralib).
+        alpha: LoRA's alpha, for formats that do not carry it (loralib; DeepSpeed-Chat's lora_scaling).
         config: the adapter's configuration, if it does not lie beside the weights.
         enable_lora: loralib's MergedLinear: which output blocks are adapted, e.g. ``[True, False, True]``,
             or such a list for each module by the end of its name.

@@ -105,6 +105,7 @@ def carried(writer: Writer, adapter: Adapter, target: Target, *, accept: bool) -
     problems.raise_if_any()
     kept, losses = adapter, list[Loss]()
     while more := writer.losses(kept, target):  # a lost module takes its bias with it
+        assert not set(more) & set(losses), more
         losses += more
         kept = without(kept, more)
     if losses and not accept:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 
 import torch
 
 from ..adapter import Adapter, LowRank
-from ..algebra import folded
-from .ledger import listed
 from .protocol import Loss, Written
 from .state_file import save_state
+from .uniform import alpha_of, with_scales
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -41,29 +39,22 @@ def write(adapter: Adapter, path: Path) -> Written:
     tensors: dict[str, torch.Tensor] = {}
     notes: list[str] = []
     enabled: dict[str, list[bool]] = {}
-    alphas = Counter(_close(site.scale * _rank(site)) for site in adapter.sites.values())
+    alphas = Counter(alpha_of(site.scale, _rank(site)) for site in adapter.sites.values())
     alpha = alphas.most_common(1)[0][0]
-    rounded: list[str] = []
-    for name, site in adapter.sites.items():
+    scales = {name: alpha / _rank(site) for name, site in adapter.sites.items()}
+    sites, rounded = with_scales(adapter.sites, scales)
+    for name, site in sites.items():
         assert site.layout is not None
         module = name.removesuffix(".weight")
         module = module.removesuffix(".conv") if site.layout.matrix is not None else module
-        if _close(site.scale * _rank(site)) != alpha:
-            site, exact = folded(site, alpha / _rank(site))
-            rounded += [] if exact else [name]
         tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = site.A, site.B
-        assert site.layout is not None
         if site.layout.groups > 1:
             enabled[module] = [g in site.layout.enabled for g in range(site.layout.groups)]
             notes.append(f"{module} needs MergedLinear(enable_lora={enabled[module]})")
-    if rounded:
-        notes.append(
-            f"the scale was folded into B, whose elements were rounded once to float32: {listed(rounded)}"
-        )
     save_state({**tensors, **adapter.replace}, path)
     said = f"alpha is not in the file: construct loralib's layers with lora_alpha={alpha:g}"
-    needs: dict[str, object] = {"alpha": alpha}
-    return Written([said, *notes], {**needs, "enable_lora": enabled} if enabled else needs)
+    needs: dict[str, object] = {"alpha": float(alpha)}
+    return Written([said, *notes, *rounded], {**needs, "enable_lora": enabled} if enabled else needs)
 
 
 def _rank(site: LowRank) -> int:
@@ -84,8 +75,3 @@ def _unwritable(name: str, site: LowRank) -> str:
     if layout.pattern in ("(g i) o", "g o i", "g i o"):
         return f"loralib has no module with layout {layout.pattern!r}"
     return ""
-
-
-def _close(alpha: float) -> float:
-    whole = round(alpha)
-    return float(whole) if math.isclose(alpha, whole, rel_tol=1e-12) else alpha

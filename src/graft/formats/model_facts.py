@@ -13,6 +13,7 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ def model_facts(config: Mapping[str, object] | None, needed_by: str) -> ModelFac
     """
     if config is None:
         raise FormatError(f"{needed_by} needs the base's config.json: give the base (--base BASE)")
-    inner = config.get("text_config")
-    table = {**config, **(cast("dict[str, object]", inner) if isinstance(inner, dict) else {})}
+    table = _flat(config)
     heads, hidden, layers = (_number(table, names) for names in (_HEADS, _HIDDEN, _LAYERS))
     head_dim = _number(table, ("head_dim",)) or (hidden // heads if hidden and heads else None)
     if not heads or not head_dim or not layers:
@@ -59,6 +59,21 @@ def model_facts(config: Mapping[str, object] | None, needed_by: str) -> ModelFac
     return ModelFacts(
         heads, _number(table, _KV_HEADS) or heads, head_dim, layers, str(table.get("model_type", ""))
     )
+
+
+def layers_of(config: Mapping[str, object] | None) -> int | None:
+    """How many layers; None if no config.json says it."""
+    return _number(_flat(config or {}), _LAYERS)
+
+
+def experts_of(config: Mapping[str, object] | None) -> int | None:
+    """How many routed experts a layer has; None if no config.json says it."""
+    return _number(_flat(config or {}), _EXPERTS)
+
+
+def _flat(config: Mapping[str, object]) -> dict[str, object]:
+    inner = config.get("text_config")
+    return {**config, **(cast("dict[str, object]", inner) if isinstance(inner, dict) else {})}
 
 
 def _number(table: Mapping[str, object], names: tuple[str, ...]) -> int | None:

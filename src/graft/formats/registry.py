@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .adapterhub import AdapterHubFormat
 from .container import Container, EngineCheckpoint, TensorFile
+from .deepspeed_chat import DeepSpeedChatFormat
 from .graft_states import GraftFormat
 from .loralib import LoralibFormat
+from .mistral import MistralFormat
+from .mlx import MlxFormat
 from .peft.format import PeftFormat, PortablePeft
 from .protocol import Format, Writer
 
@@ -17,7 +21,15 @@ from .protocol import Format, Writer
 CONTAINERS: tuple[Container, ...] = (EngineCheckpoint(), TensorFile())
 
 #: in the order in which detection asks them: those with names of their own before those with common ones
-FORMATS: tuple[Format, ...] = (GraftFormat(), PeftFormat(), LoralibFormat())
+FORMATS: tuple[Format, ...] = (
+    AdapterHubFormat(),
+    GraftFormat(),
+    DeepSpeedChatFormat(),
+    MlxFormat(),
+    MistralFormat(),
+    PeftFormat(),
+    LoralibFormat(),
+)
 
 #: the formats that can be written, by name
 WRITERS: Mapping[str, Writer] = {one.name: one for one in FORMATS if isinstance(one, Writer)}

@@ -11,13 +11,20 @@ import torch
 
 from ..adapter import Beside
 from ..errors import FormatError
+from ..fingerprint import loads
 from ..tensors import read_json
 from .container import Container, Opened
 from .stored import Stored
 from .training import is_training, split
 
 #: the file that a producer calls the adapter, where a directory holds more weight files than that
-_PREFERRED = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "pytorch_adapter.bin")
+_PREFERRED = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapters.safetensors",
+    "adapter.safetensors",
+    "pytorch_adapter.bin",
+)
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".lora", ".gguf")
 CONFIG_NAME = "adapter_config.json"
 
@@ -60,6 +67,11 @@ class Source:
     def metadata(self) -> Mapping[str, object]:
         """What the container says beside its tensors, such as safetensors' metadata."""
         return self.opened.metadata
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Those of the base that Graft left in safetensors' metadata (:mod:`graft.fingerprint`)."""
+        return loads({key: str(value) for key, value in self.metadata.items()})
 
     @property
     def config(self) -> Mapping[str, object] | None:

@@ -48,9 +48,10 @@ def is_training(names: Iterable[str], config: Mapping[str, object] | None) -> bo
     parsed = [keys.parse(name) for name in names]
     peft = any(key.adapter and key.role in ("A", "embedding_A") for key in parsed)
     ours = "peft_type" in (config or {}) and any(_is_ours(key.text) for key in parsed)
+    chat = any(_is_chats(key.text) for key in parsed)
     plain = [key for key in parsed if key.role == "plain" and not _is_ours(key.text)]
     weights = any(key.leaf == "weight" and "modules_to_save" not in key.module for key in plain)
-    return weights and (peft or ours)
+    return weights and (peft or ours or chat)
 
 
 def split(
@@ -100,9 +101,13 @@ def split(
 
 
 def _is_ours(name: str) -> bool:
-    """Graft's own names: the last component is ``lora_A`` or ``lora_B``, perhaps with a parameter's name."""
+    """Graft's ``lora_A…`` and ``lora_B…`` and DeepSpeed-Chat's: the base's own names stay as they are."""
     leaf = name.rpartition(".")[2]
-    return leaf in ("lora_A", "lora_B") or leaf.startswith(("lora_A_", "lora_B_"))
+    return leaf in ("lora_A", "lora_B") or leaf.startswith(("lora_A_", "lora_B_")) or _is_chats(name)
+
+
+def _is_chats(name: str) -> bool:
+    return name.rpartition(".")[2] in ("lora_right_weight", "lora_left_weight")
 
 
 def _is_pefts(name: str) -> bool:

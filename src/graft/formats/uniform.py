@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -19,8 +20,16 @@ def one_rank(sites: Sites) -> tuple[int, dict[str, LowRank]]:
 
 
 def commonest_scale(sites: Sites) -> float:
-    """The scale that most sites have; the first of several."""
-    return Counter(site.scale for site in sites.values()).most_common(1)[0][0]
+    """The scale that most sites have, the first of several; not 0, by which nothing can be divided."""
+    found = Counter(site.scale for site in sites.values() if site.scale)
+    return found.most_common(1)[0][0] if found else 0.0
+
+
+def alpha_of(scale: float, divisor: float) -> int | float:
+    """The alpha for which ``alpha / divisor`` is the scale, if there is one; whole if it can be."""
+    alpha = scale * divisor
+    near = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((candidate for candidate in near if candidate and candidate / divisor == scale), alpha)
 
 
 def with_scales(sites: Sites, scales: Mapping[str, float]) -> tuple[dict[str, LowRank], list[str]]:

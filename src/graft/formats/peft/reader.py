@@ -6,7 +6,6 @@ import torch
 
 from ...adapter import Adapter, LowRank
 from ...errors import FormatError
-from ...fingerprint import loads
 from ..ledger import Ledger, listed
 from ..source import Source
 from . import config as peft_config
@@ -71,11 +70,8 @@ class _Reader:
         return Adapter(
             self.sites, self.replace, self.shift, self.rows,
             format="peft", config=dict(self.source.config or {}), notes=tuple(self.notes),
-            unmatched=tuple(self.unmatched), base=self._fingerprints(),
+            unmatched=tuple(self.unmatched), base=self.source.fingerprints,
         )  # fmt: skip
-
-    def _fingerprints(self) -> dict[str, str]:
-        return loads({key: str(value) for key, value in self.source.metadata.items()})
 
     def _one_adapter(self) -> None:
         names = sorted({k.adapter for k in self.keys if k.adapter})

@@ -17,6 +17,7 @@ from ...adapter import Adapter
 from ...fingerprint import dumps
 from ...tensors import atomic_directory, save_file
 from ..protocol import Target, Written
+from ..uniform import alpha_of
 from .collect import Files, collect
 
 #: the version whose dialect is written: it decides how a reader takes packed parameters
@@ -81,7 +82,7 @@ def _alphas(files: Files, prefer: bool) -> tuple[bool, dict[str, tuple[int, int 
     """use_rslora, and each module's rank and alpha, so that PEFT finds every scale to the last bit."""
     ways = {
         rslora: {
-            name: (rank, _alpha(math.sqrt(rank) if rslora else rank, scale))
+            name: (rank, alpha_of(scale, math.sqrt(rank) if rslora else rank))
             for name, (rank, scale) in files.settings.items()
         }
         for rslora in (prefer, not prefer)
@@ -94,10 +95,3 @@ def _alphas(files: Files, prefer: bool) -> tuple[bool, dict[str, tuple[int, int 
             return rslora, found
     files.notes.append("alpha / rank differs from some scales in the 16th digit")
     return prefer, ways[prefer]
-
-
-def _alpha(divisor: float, scale: float) -> int | float:
-    """The alpha for which ``alpha / divisor`` is the scale, if there is one; whole if it can be."""
-    alpha = scale * divisor
-    near = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((candidate for candidate in near if candidate > 0 and candidate / divisor == scale), alpha)
