@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .adapted import factor_names, slots_of
+from .adapted import slots_of
 from .attach import own_class
 from .effective import effective_weight
 from .engines import Engine, engine_of
@@ -18,6 +18,7 @@ from .engines.wrappers import team_of, together, unwrap
 from .errors import OutputError, StateError
 from .export_write import Make, Planned, write
 from .fusing import Held, held_sites
+from .model import factor_parameters
 
 
 @torch.no_grad()
@@ -117,11 +118,11 @@ def _maker(name: str, value: torch.Tensor, engine: Engine, held: Held | None, dt
 
 
 def _factor_keys(model: nn.Module) -> set[str]:
-    keys: set[str] = set()
+    ids = {id(p) for p in factor_parameters(model).values()}
+    keys = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in ids}
     for path, module in model.named_modules(remove_duplicate=False):
-        for parameter in slots_of(module):
-            own = (*factor_names(parameter), f"lora_fused_{parameter}")
-            keys |= {f"{path}.{name}" if path else name for name in own}
+        marks = [f"lora_fused_{parameter}" for parameter in slots_of(module)]
+        keys |= {f"{path}.{name}" if path else name for name in marks}
     return keys
 
 

@@ -16,7 +16,7 @@ from .adapted import NO_ADAPTER, Adapted, Site, factors
 from .attach import sites
 from .checksum import checksum
 from .delta import Delta
-from .engines import Aligned, Engine, Part, cut, engine_of, here, refuse_unequal, shape_of
+from .engines import Aligned, Engine, Part, cut, engine_of, here, refuse_unequal, settle, shape_of
 from .engines.masters import has_master
 from .engines.wrappers import team_of, unwrap
 from .errors import Problems, StateError, TargetError
@@ -129,6 +129,7 @@ def fused(model: nn.Module, targets: Patterns | None = None) -> Generator[None]:
     try:
         yield
     finally:
+        settle(unwrap(model))  # forwards inside the block may have left full copies
         todo = [h for h in before if h.site.fusion is not None]
         _refuse_changed(todo)
         _unfuse_all(todo)
@@ -147,6 +148,7 @@ def disabled(model: nn.Module, targets: Patterns | None = None) -> Generator[Non
     try:
         yield
     finally:
+        settle(unwrap(model))
         for h, before in zip(held, was_disabled, strict=True):
             h.site.disabled = before
         _fuse_all([h for h in was_fused if h.site.fusion is None])

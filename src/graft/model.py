@@ -10,7 +10,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import nn
 
-from .adapted import NO_ADAPTER, Adapted, Site, factor_names, factors, slots_of
+from .adapted import NO_ADAPTER, Adapted, Site, factors, slots_of
 from .adapter import Adapter, LowRank
 from .attach import all_or_nothing, attach, attach_readers, detach, release, sites
 from .engines import engine_of, refuse_unequal, shape_of
@@ -206,12 +206,9 @@ def freeze(model: nn.Module, *, bias: Bias = "none", train: Patterns | None = No
 
 def factor_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every factor once, under its full name: ``{"layers.0.q_proj.lora_A": …}``."""
-    found: dict[str, nn.Parameter] = {}
-    for name, (module, parameter) in sites(model).items():
-        path = name[: -len(parameter)]
-        for factor in factor_names(parameter):
-            found[path + factor] = cast(nn.Parameter, getattr(module, factor))
-    return found
+    pairs = [factors(module, parameter) for module, parameter in sites(model).values()]
+    ours = {id(t) for f in pairs for t in (f.a, f.b)}
+    return {name: p for name, p in model.named_parameters() if id(p) in ours}
 
 
 def state_dict(model: nn.Module, *, trained: bool = False) -> dict[str, torch.Tensor]:

@@ -71,6 +71,12 @@ class Inventory:
         self.others: dict[str, nn.Module] = {}  # paths of modules without a weight to adapt
         self.weights: dict[str, nn.Parameter] = {}
         self.holders: dict[int, list[Holder]] = {}
+        self._factors = {
+            id(getattr(module, factor))
+            for module in model.modules()
+            for parameter in slots_of(module)
+            for factor in factor_names(parameter)
+        }
         for path, module in model.named_modules(remove_duplicate=False):
             own = adaptable(module)
             if own:
@@ -80,10 +86,9 @@ class Inventory:
             self._add_weights(path, module)
 
     def _add_weights(self, path: str, module: nn.Module) -> None:
-        factors = {n for parameter in slots_of(module) for n in factor_names(parameter)}
         for parameter, value in module.named_parameters(recurse=False, remove_duplicate=False):
             lazy = isinstance(value, nn.parameter.UninitializedParameter)
-            if parameter in factors or not (lazy or len(shape_of(value)) >= 2):
+            if id(value) in self._factors or not (lazy or len(shape_of(value)) >= 2):
                 continue
             name = _join(path, parameter)
             notice(name, module, parameter)

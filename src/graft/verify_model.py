@@ -151,7 +151,8 @@ def _probing(held: Iterable[Held]) -> Generator[None]:
 @contextmanager
 def _evaluating(model: nn.Module) -> Generator[None]:
     modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+    for module, _ in modes:  # not model.eval(), on which graft.compat's layers merge
+        module.training = False
     try:
         yield
     finally:
