@@ -27,6 +27,7 @@ ROOMS = {
     "formats": "bind bind_* formats formats.*",
     "files": "files files.* fuse_files verify_files inspect_files",
     "bridge": "persist export_model export_write",
+    "compat": "compat compat.*",
     "cli": "cli cli.* __main__",
 }
 
@@ -40,6 +41,7 @@ BELOW = {
     "formats": "numbers carrier storage",
     "files": "numbers carrier storage formats",
     "bridge": "numbers carrier engines model storage formats",
+    "compat": "numbers carrier engines model storage formats bridge",
     "cli": "numbers carrier storage formats files",
 }
 

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
     "adapt_train_save.py": "computes the same: True",
     "fuse_files.py": "bit for bit: True",
+    "loralib_swap.py": "Graft 0.0e+00",
     "loralib_to_huggingface.py": "largest difference from loralib's own merge",
     "unfuse_exact.py": "every bit is back: True",
 }

@@ -1,0 +1,5 @@
+"""The names of other LoRA libraries on Graft's core: their users change the import line only.
+
+``graft.compat.loralib`` stands for Microsoft's loralib. Each module lists where it differs from its
+original; ``docs/compat.md`` says why.
+"""
