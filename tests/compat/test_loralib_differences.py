@@ -151,6 +151,9 @@ def test_merged_is_told_not_set() -> None:
         layer.merged = True
     with pytest.raises(graft.StateError, match="holds ΔW"):
         layer.eval().merged = False
+    layer.r = 2
+    with pytest.raises(graft.StateError, match=r"r=0 .* rank 2"):
+        layer.r = 0
 
 
 def test_a_sum_beyond_the_range_leaves_the_weight_unmerged() -> None:

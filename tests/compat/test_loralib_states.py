@@ -221,6 +221,12 @@ def test_reset_parameters_is_a_new_layer() -> None:
     assert bound.weight.abs().max() <= 1 / 20, "drawn from the fan-in"
 
 
+def test_functional_calls() -> None:
+    model, other = everything(OURS), everything(OURS, seed=3)
+    values = {n: p.detach() * 1.0 for n, p in other.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(model, values, (IDS,)), other(IDS))
+
+
 @pytest.mark.parametrize("mode", [True, False])
 def test_torch_compile_traces_the_layers_without_a_break(mode: bool) -> None:
     model = everything(OURS).train(mode)

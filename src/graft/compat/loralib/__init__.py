@@ -23,7 +23,7 @@ Where loralib is silently wrong, this says so:
 * ``state_dict()`` in eval mode holds W, not W + ΔW, so that ΔW is added once wherever it is loaded; the log
   says so, once
 * loading, while merged, a whole state dict that may hold W + ΔW already: a warning
-* W, A or B edited while merged, or ``merged`` set by hand: ``StateError``
+* W, A or B edited while merged, ``merged`` or ``r`` set by hand: ``StateError``
 * a sum beyond fp16's range: ``StateError``, and the weight stays unmerged
 * a weight tied to another module, which merging changes too: ``mark_only_lora_as_trainable`` warns
 * ``lora_dropout`` of a convolution, which nothing uses: a warning

@@ -28,7 +28,7 @@ class Lent(Guarded, Adapted):
 
     @property
     def lora_A(self) -> nn.Parameter:
-        return self.graft_owner.get_parameter("lora_A")
+        return cast(nn.Parameter, self.graft_owner.lora_A)
 
     @lora_A.deleter
     def lora_A(self) -> None:
@@ -36,7 +36,7 @@ class Lent(Guarded, Adapted):
 
     @property
     def lora_B(self) -> nn.Parameter:
-        return self.graft_owner.get_parameter("lora_B")
+        return cast(nn.Parameter, self.graft_owner.lora_B)
 
     @lora_B.deleter
     def lora_B(self) -> None:

@@ -59,6 +59,20 @@ class Layer(Guarded, LoRALayer):
     merge_weights: bool
 
     @property
+    def r(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The rank; 0 without an adapter."""
+        return self.__dict__.get("_r", 0)
+
+    @r.setter
+    def r(self, value: int) -> None:
+        if self.graft_holder() is not None and value != self.r:
+            raise StateError(
+                f"r={value!r} cannot be set on a {type(self).__name__}, whose factors have rank {self.r}; "
+                "scaling = 0 or graft.disabled(model) switches its adapter off"
+            )
+        self.__dict__["_r"] = value
+
+    @property
     def merged(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the weight holds ΔW; without an adapter, whether the last mode would have merged."""
         holder = self.graft_holder()
