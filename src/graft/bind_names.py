@@ -46,8 +46,8 @@ def repairs(missing: Sequence[str], base: Iterable[str]) -> list[Repair]:
     """Prefix repairs under which one of the alternative names ``missing`` is a name of the base.
 
     A repair puts in or takes off wrapper components, ``model``, and at most one name of the model's own
-    (``bert``); it never exchanges one name for another nor touches a layer's number, so a renamed layer or
-    another tower of the model cannot be repaired.
+    (``bert``, or ``language_model`` after ``model``); it never exchanges one name for another nor touches a
+    layer's number, so a renamed layer or another tower of the model cannot be repaired.
     """
     found: dict[Repair, None] = {}
     names = [name.split(".") for name in base]
@@ -74,6 +74,8 @@ def _allowed(repair: Repair) -> bool:
     if any(part.isdigit() for part in (*repair.strip, *repair.add)):
         return False
     strip, add = ([p for p in side if p not in _WRAPPERS] for side in (repair.strip, repair.add))
+    while strip and add and strip[0] == add[0]:
+        strip, add = strip[1:], add[1:]
     named = [p for p in (*strip, *add) if p != "model"]
     return len(named) <= 1 and not (named and strip and add)
 

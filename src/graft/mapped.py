@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,10 +25,14 @@ def load_file(path: Path) -> dict[str, torch.Tensor]:
         raise FormatError(f"{path} is a directory; name a weight file")
     if not _is_safetensors(path):
         return load_tensors(path)
-    header = read_header(path)
+    return map_entries(path, read_header(path).entries)
+
+
+def map_entries(path: Path, entries: Iterable[Entry]) -> dict[str, torch.Tensor]:
+    """Tensors that lie as plain bytes in a file of any container, mapped; all lie inside the file."""
     storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
     data = torch.empty(0, dtype=torch.uint8).set_(storage)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return {entry.name: _mapped(data, entry) for entry in header.entries}
+    return {entry.name: _mapped(data, entry) for entry in entries}
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -58,6 +58,15 @@ def test_proven_prefixes_are_repaired_and_said(prefix: str) -> None:
     assert [note for note in bound.notes if "repaired" in note]
 
 
+def test_a_name_is_put_in_after_the_model() -> None:
+    """A vision-language model's language model, for which an adapter was trained alone."""
+    inner = {name.replace("model.", "model.language_model.", 1): shape for name, shape in BASE.items()}
+    bound = bind(adapter(), inner)
+    assert set(bound.sites) == {f"model.language_model.layers.{n}.attn.q_proj.weight" for n in range(2)}
+    assert any("'model' is 'model.language_model'" in note for note in bound.notes)
+    assert set(bind(bound, BASE).sites) == set(adapter().sites)
+
+
 def test_right_names_stay_and_nothing_is_said() -> None:
     bound = bind(adapter(), BASE)
     assert set(bound.sites) == set(adapter().sites) and not bound.notes

@@ -46,9 +46,7 @@ def model_facts(config: Mapping[str, object] | None, needed_by: str) -> ModelFac
     Raises:
         FormatError: no base is given, or its config does not say them.
     """
-    if config is None:
-        raise FormatError(f"{needed_by} needs the base's config.json: give the base (--base BASE)")
-    table = _flat(config)
+    table = _table(config, needed_by)
     heads, hidden, layers = (_number(table, names) for names in (_HEADS, _HIDDEN, _LAYERS))
     head_dim = _number(table, ("head_dim",)) or (hidden // heads if hidden and heads else None)
     if not heads or not head_dim or not layers:
@@ -69,6 +67,24 @@ def layers_of(config: Mapping[str, object] | None) -> int | None:
 def experts_of(config: Mapping[str, object] | None) -> int | None:
     """How many routed experts a layer has; None if no config.json says it."""
     return _number(_flat(config or {}), _EXPERTS)
+
+
+def expert_count(config: Mapping[str, object] | None, needed_by: str) -> int:
+    """How many routed experts each mixture has.
+
+    Raises:
+        FormatError: no base is given, or its config does not say it.
+    """
+    count = _number(_table(config, needed_by), _EXPERTS)
+    if count is None:
+        raise FormatError(f"{needed_by} needs {_EXPERTS[0]}, which the base's config.json does not say")
+    return count
+
+
+def _table(config: Mapping[str, object] | None, needed_by: str) -> dict[str, object]:
+    if config is None:
+        raise FormatError(f"{needed_by} needs the base's config.json: give the base (--base BASE)")
+    return _flat(config)
 
 
 def _flat(config: Mapping[str, object]) -> dict[str, object]:

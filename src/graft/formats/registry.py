@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from .adapterhub import AdapterHubFormat
 from .container import Container, EngineCheckpoint, TensorFile
 from .deepspeed_chat import DeepSpeedChatFormat
+from .gguf.container import GgufFile
+from .gguf.format import GgufFormat
 from .graft_states import GraftFormat
 from .loralib import LoralibFormat
 from .mistral import MistralFormat
@@ -18,13 +20,14 @@ from .peft.format import PeftFormat, PortablePeft
 from .protocol import Format, Writer
 
 #: in the order in which they are asked; the last takes any file
-CONTAINERS: tuple[Container, ...] = (EngineCheckpoint(), TensorFile())
+CONTAINERS: tuple[Container, ...] = (EngineCheckpoint(), GgufFile(), TensorFile())
 
 #: in the order in which detection asks them: those with names of their own before those with common ones
 FORMATS: tuple[Format, ...] = (
     AdapterHubFormat(),
     GraftFormat(),
     DeepSpeedChatFormat(),
+    GgufFormat(),
     MlxFormat(),
     MistralFormat(),
     PeftFormat(),
