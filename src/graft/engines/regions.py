@@ -5,18 +5,20 @@ Each move's gradient is the move between the states of the gradients, so that gr
 tensors are complete on every process. With one process all of them do nothing.
 """
 
-# autograd's functions have no useful types
-# pyright: reportIncompatibleMethodOverride=false
 # torch 2.13 renames two collectives that older versions know by these names only
+# pyright: reportDeprecated=false
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 Group = dist.ProcessGroup
+Step = Callable[[torch.Tensor, Group], torch.Tensor]
+Move = Callable[[torch.Tensor, "Group | None"], torch.Tensor]
 
 
 def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -30,117 +32,68 @@ def all_gather(x: torch.Tensor, group: Group, axis: int = 0) -> torch.Tensor:
     """Every process's tensor, one after another along an axis; all have the same shape."""
     x = x.movedim(axis, 0).contiguous()
     out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x, group=group)  # pyright: ignore[reportDeprecated]
+    dist.all_gather_into_tensor(out, x, group=group)
     return out.movedim(0, axis).contiguous()
+
+
+def _gather_last(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return all_gather(x, group, -1)
 
 
 def _reduce_scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
     x = x.contiguous()
     out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x, group=group)  # pyright: ignore[reportDeprecated]
+    dist.reduce_scatter_tensor(out, x, group=group)
     return out
 
 
-def _own(x: torch.Tensor, group: Group, axis: int) -> torch.Tensor:
-    return x.chunk(group.size(), dim=axis)[group.rank()].contiguous()
+def _exchange(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """What ``_reduce_scatter`` gives: each process receives its piece of every other's, and sums them."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=group)
+    return out.unflatten(0, (group.size(), -1)).sum(0)
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return all_reduce(grad, ctx.group), None
+def _own_last(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return x.chunk(group.size(), dim=-1)[group.rank()].contiguous()
 
 
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        return all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return grad, None
+def _same(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return x.view_as(x)
 
 
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return all_gather(x, group)
+def _move(there: Step, back: Step) -> Move:
+    """A move that is ``there`` in forward and ``back`` in backward."""
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _reduce_scatter(grad, ctx.group), None
+    class Moved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            ctx.group = group
+            return there(x, group)
 
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return back(grad, ctx.group), None
 
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return _reduce_scatter(x, group)
+    def move(x: torch.Tensor, group: Group | None) -> torch.Tensor:
+        if group is None or group.size() == 1:
+            return x
+        return cast(torch.Tensor, Moved.apply(x, group))
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return all_gather(grad, ctx.group), None
-
-
-class _GatherLast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return all_gather(x, group, -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _own(grad, ctx.group, -1), None
+    return move
 
 
-class _ScatterLast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return _own(x, group, -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return all_gather(grad, ctx.group, -1), None
-
-
-def _move(function: Any, x: torch.Tensor, group: Group | None) -> torch.Tensor:
-    if group is None or group.size() == 1:
-        return x
-    return cast(torch.Tensor, function.apply(x, group))
-
-
-def copy(x: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """Replicated → replicated, where what follows is different on each process: gradients are summed."""
-    return _move(_Copy, x, group)
-
-
-def reduce(x: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """Partial → replicated."""
-    return _move(_Reduce, x, group)
-
-
-def gather_sequence(x: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """Shard of axis 0 → replicated, where what follows is different on each process."""
-    return _move(_GatherSequence, x, group)
-
-
-def scatter_sum(x: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """Partial → shard of axis 0."""
-    return _move(_ScatterSum, x, group)
-
-
-def gather_last(x: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """Shard of the last axis → replicated, where what follows is equal on each process."""
-    return _move(_GatherLast, x, group)
-
-
-def scatter_last(x: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """Replicated → shard of the last axis."""
-    return _move(_ScatterLast, x, group)
+#: replicated → replicated, where what follows is different on each process: gradients are summed
+copy = _move(_same, all_reduce)
+#: partial → replicated
+reduce = _move(all_reduce, _same)
+#: shard of axis 0 → replicated, where what follows is different on each process
+gather_sequence = _move(all_gather, _reduce_scatter)
+#: partial → shard of axis 0
+scatter_sum = _move(_reduce_scatter, all_gather)
+#: the same by an all-to-all, each process summing for itself in the order of the group
+exchange_sum = _move(_exchange, all_gather)
+#: shard of the last axis → replicated, where what follows is equal on each process
+gather_last = _move(_gather_last, _own_last)
+#: replicated → shard of the last axis
+scatter_last = _move(_own_last, _gather_last)
