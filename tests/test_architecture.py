@@ -20,8 +20,8 @@ ROOMS = {
     "carrier": "adapter algebra dora fingerprint",
     "engines": "engines engines.*",
     "model": (
-        "kinds options factors shadow branches branches_megatron adapted attach layers targets fusing "
-        "effective model verify_model"
+        "kinds options factors shadow branches branches_megatron adapted attach layers targets "
+        "megatron_options adapting fusing effective model verify_model"
     ),
     "storage": "safetensors_header pickled mapped atomic checkpoint tensors shared_files",
     "formats": "bind bind_* formats formats.*",

@@ -11,7 +11,7 @@ Two ways to run forward: **factored**, ``plain(x) + scale · (x Aᵀ) Bᵀ``, fo
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar, cast
@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from .branches import branch_of
-from .branches_megatron import shared
+from .branches_megatron import joined, shared
 from .engines import engine_of
 from .engines.megatron_checkpoint import sharded_factors
+from .engines.megatron_experts import is_expert_layer
 from .engines.split import split_of
 from .errors import StateError
 from .factors import Branch, Factors
@@ -58,6 +59,7 @@ class Slot:
     site: Site
     factored: bool
     spread: bool = False  # the engine gathers the factors in forward
+    used_elsewhere: bool = False  # other processes use these factors for tokens or weights of their own
 
 
 def factor_names(parameter: str) -> tuple[str, str]:
@@ -133,7 +135,21 @@ class Adapted(nn.Module):
                     f"{prefix}{name} is fused; loading over it would make it impossible to unfuse. "
                     "Call graft.unfuse(model) first"
                 )
+        if is_expert_layer(self):
+            _refuse_unshared(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _refuse_unshared(layer: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
+    """Refuse values that differ among experts whose factors are one; the last expert's would win."""
+    first: dict[int, str] = {}
+    for name, parameter in layer.named_parameters(remove_duplicate=False):
+        key, other = prefix + name, prefix + first.setdefault(id(parameter), name)
+        if key in state_dict and other in state_dict and not torch.equal(state_dict[key], state_dict[other]):
+            raise StateError(
+                f"{key} and {other} have different values, and the model's experts share one; load them into "
+                "a model that was adapted with share_experts=False"
+            )
 
 
 def _refuse_training(module: nn.Module, parameter: str) -> None:
@@ -176,8 +192,10 @@ def _shared(weight: torch.Tensor, f: Factors) -> Factors:
 
 def _ready(module: Adapted, parameter: str) -> Factors:
     """The factors for forward: gathered where the weight is, and the factors are not, by the engine."""
-    f = factors(module, parameter)
-    if not module.graft_slots[parameter].spread:
+    f, slot = factors(module, parameter), module.graft_slots[parameter]
+    if slot.used_elsewhere:
+        return joined(f)
+    if not slot.spread:
         return f
     engine: Any = engine_of(f.a)
     a, b = engine.ready(f.a, f.b, getattr(module, parameter))

@@ -12,6 +12,8 @@ from torch import nn
 from .adapted import Adapted, Site, Slot, adapted_class, factor_names, slots_of
 from .branches import branch_of, fits
 from .engines import engine_of, settle
+from .engines.megatron_experts import is_expert_layer
+from .engines.split import split_of
 from .errors import TargetError
 from .kinds import read_children
 
@@ -75,7 +77,9 @@ def attach(
     adapted = become_adapted(module)
     for name, value in zip(factor_names(parameter), (a, b), strict=True):
         adapted.register_parameter(name, value)
-    adapted.graft_slots[parameter] = Slot(site, factored, hasattr(engine_of(weight), "ready"))
+    used_elsewhere = any(split is not None and split.users is not None for split in map(split_of, (a, b)))
+    spread = hasattr(engine_of(weight), "ready")
+    adapted.graft_slots[parameter] = Slot(site, factored, spread, used_elsewhere)
     return adapted.graft_slots[parameter]
 
 
@@ -175,10 +179,18 @@ def plain_classes(model: nn.Module) -> Generator[None]:
 
 
 def attach_readers(model: nn.Module) -> None:
-    """Swap the modules that read adapted children themselves, and restore those that have no need left."""
+    """Swap the modules that have to do with factors of children, and restore those that no longer have.
+
+    They read adapted children themselves in forward, or hold several that share factors.
+    """
     for module in list(model.modules()):
         needed = any(slots_of(child) for child in read_children(module, always=True))
-        if needed:
+        if needed or (is_expert_layer(module) and _shares(module)):
             become_adapted(module)
         elif isinstance(module, Adapted) and not module.graft_slots:
             become_plain(module)
+
+
+def _shares(layer: nn.Module) -> bool:
+    slots = [slot for module in layer.modules() for slot in slots_of(module).values()]
+    return any(slot.site.options.share_experts for slot in slots)

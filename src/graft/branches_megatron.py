@@ -5,7 +5,8 @@ result in the state of the plain layer's output, with collectives over the rank 
 
 ==========================  ============================================================
 column                      ``B (copy (A x))``; with sequence parallelism ``B (gather (A x))``
-row                         ``B (reduce (A x))``; with sequence parallelism ``B (scatter_sum (A x))``
+row                         ``B (reduce (A x))``; with sequence parallelism ``B (scatter_sum (A x))``,
+                            or ``B (exchange_sum (A x))`` with ``all_to_all=True``
 vocabulary embedding        as row, A being looked up
 expert under expert-TP      no collective: the dispatcher brings x and sums the output
 ==========================  ============================================================
@@ -27,7 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .engines import regions
-from .engines.megatron_modules import COLUMN, EMBEDDING, ROW, core_class, group_of
+from .engines.megatron_groups import group_of
+from .engines.megatron_modules import COLUMN, EMBEDDING, ROW, core_class
 from .engines.split import split_of
 from .factors import Branch, Factors, into, rise
 
@@ -85,7 +87,7 @@ def row(module: nn.Module, f: Factors, input_: torch.Tensor) -> torch.Tensor:
         x = regions.scatter_last(x, group)
     h = F.linear(_drop(module, f, x, "pre", True, group), f.a)
     if sequence:
-        h = regions.scatter_sum(h, group)
+        h = (regions.exchange_sum if f.options.all_to_all else regions.scatter_sum)(h, group)
     elif not m.explicit_expert_comm:
         h = regions.reduce(h, group)
     h = _drop(module, f, h, "mid", sequence, group)
@@ -125,3 +127,9 @@ def shared(weight: torch.Tensor, f: Factors) -> Factors:
         for t in (f.a, f.b)
     )
     return replace(f, a=a, b=b)
+
+
+def joined(f: Factors) -> Factors:
+    """Factors that other processes put to a use of their own: their gradients are summed over all uses."""
+    a, b = (t if (s := split_of(t)) is None else regions.copy(t, s.users) for t in (f.a, f.b))
+    return f if a is f.a and b is f.b else replace(f, a=a, b=b)

@@ -13,7 +13,8 @@ from torch import nn
 from .adapted import slots_of
 from .attach import own_class
 from .effective import effective_weight
-from .engines import Engine, engine_of
+from .engines import Engine, engine_of, notice_all
+from .engines.megatron_experts import refuse_scattered
 from .engines.wrappers import team_of, together, unwrap
 from .errors import OutputError, StateError
 from .export_write import Make, Planned, write
@@ -51,7 +52,8 @@ def export(
         force: replace an existing model directory.
         gather: let the weights travel although all processes see the directory. The bytes are the same.
     Raises:
-        StateError: the model has no adapter, or a sum overflows the dtype.
+        StateError: the model has no adapter, or a sum overflows the dtype; Megatron's pipeline stages, or
+            experts under its expert parallelism.
         OutputError: the path exists or cannot be written; nothing is left behind.
     """
     team, model, out = team_of(model), unwrap(model), Path(path)
@@ -71,13 +73,16 @@ def export(
 
 def _plan(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Planned]:
     """The plain model's state dict, with a call for each tensor."""
+    refuse_scattered(model, "graft.export", experts=True)
+    notice_all(model)
     adapted = {id(h.parameter_tensor): h for h in held_sites(model)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ours = _factor_keys(model)
     ignored = set(cast("list[str]", getattr(model, "_keys_to_ignore_on_save", None) or []))
     plan: dict[str, Planned] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if name in ours or name in ignored:
+        # what Transformer Engine keeps of its low-precision scales: no part of the weights, and no tensor
+        if name in ours or name in ignored or name.split(".")[-1] == "_extra_state":
             continue
         if not isinstance(value, torch.Tensor):
             raise OutputError(f"{name} of the model's state is a {type(value).__name__}, not a tensor")

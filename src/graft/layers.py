@@ -21,7 +21,7 @@ class _Layer(Adapted):
     """Shared constructor: the plain layer first, then its site.
 
     Args:
-        rank, alpha, rslora, dropout, dropout_position, init: see :class:`graft.Options`.
+        rank, alpha, rslora, dropout, dropout_position, init, init_b: see :class:`graft.Options`.
         lora_dtype: the factors' dtype (``dtype`` is the plain layer's own argument).
         args, kwargs: the plain layer's arguments.
     Raises:
@@ -37,10 +37,11 @@ class _Layer(Adapted):
         dropout: float = 0.0,
         dropout_position: Position = "pre",
         init: Init | None = None,
+        init_b: Init = "zero",
         lora_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        options = Options(rank, alpha, rslora, dropout, dropout_position, init, lora_dtype)
+        options = Options(rank, alpha, rslora, dropout, dropout_position, init, lora_dtype, init_b=init_b)
         super().__init__(*args, **kwargs)
         self.graft_slots = {}
         self.requires_grad_(False)

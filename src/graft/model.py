@@ -10,21 +10,22 @@ from typing import Literal, cast, get_args
 import torch
 from torch import nn
 
-from .adapted import NO_ADAPTER, Adapted, Site, factors, slots_of
+from .adapted import NO_ADAPTER, Adapted, factors, slots_of
 from .adapter import Adapter, LowRank
-from .attach import all_or_nothing, attach, attach_readers, detach, release, sites
+from .adapting import attach_plans, plan_targets
+from .attach import all_or_nothing, attach_readers, detach, sites
 from .engines import engine_of, refuse_unequal, shape_of
 from .engines.masters import has_master, thin, whole
-from .engines.megatron_modules import copied_embedding
+from .engines.megatron_experts import experts_of
 from .engines.wrappers import is_wrapped, unwrap
 from .errors import Problems, StateError, TargetError
 from .fingerprint import fingerprint
 from .fusing import fuse as fuse_sites
 from .fusing import unfuse
-from .kinds import kind_of, natural_layout, read_always
+from .kinds import kind_of
 from .layout import Layout
-from .options import Init, Options, Position, new_factors
-from .targets import Inventory, Pattern, Patterns, Target, as_patterns, matches, select
+from .options import Init, Options, Position
+from .targets import Inventory, Pattern, Patterns, as_patterns, matches, select
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -60,6 +61,10 @@ def adapt(
     init: Init | None = None,
     dtype: torch.dtype | None = None,
     layout: Layout | None = None,
+    init_b: Init = "zero",
+    normalize_experts: bool = False,
+    share_experts: bool = False,
+    all_to_all: bool = False,
     exclude: Patterns | None = None,
     bias: Bias = "none",
     train: Patterns | None = None,
@@ -68,10 +73,10 @@ def adapt(
 ) -> AdaptReport:
     """Make the weights that ``targets`` name behave as ``W + scale · B · A``, in place, and freeze the rest.
 
-    A begins random and B zero, so nothing changes until training does. The options are those of
-    :class:`graft.Options`; ``targets`` may map patterns to options of their own, ``{"q_proj": {"rank": 4},
-    "*.mlp.*": {}}``, where the first pattern that matches decides. A weight that several modules hold
-    (tied) is adapted once, for all of them. ``bias`` and ``train`` are those of :func:`freeze`.
+    A begins random and B zero (``init``, ``init_b``), so nothing changes until training does. The options
+    are those of :class:`graft.Options`; ``targets`` may map patterns to options of their own, ``{"q_proj":
+    {"rank": 4}, "*.mlp.*": {}}``, where the first pattern that matches decides. A weight that several
+    modules hold (tied) is adapted once, for all of them. ``bias`` and ``train`` are those of :func:`freeze`.
 
     Returns:
         What was adapted and how many parameters train; printed too, unless ``quiet``.
@@ -85,70 +90,21 @@ def adapt(
             "the model is in a training engine already, whose optimizer would not know the new factors; call "
             "graft.adapt before deepspeed.initialize and before DistributedDataParallel"
         )
-    options = Options(rank, alpha, rslora, dropout, dropout_position, init, dtype, layout)
+    options = Options(rank, alpha, rslora, dropout, dropout_position, init, dtype, layout, init_b,
+                      normalize_experts, share_experts, all_to_all)  # fmt: skip
     chosen, excluded = select(model, targets, exclude)
-    plans = _plans(chosen, options, replace)
+    experts = experts_of(model)
+    plans = plan_targets(chosen, options, replace, experts)
     _check_freeze(model, bias, train)
-    refuse_unequal((engine_of(t.weight), f"{t.name} {own} {layout}") for t, own, layout in plans)
+    refuse_unequal((engine_of(p.target.weight), str(p)) for p in plans)
     with all_or_nothing(model):
-        for target, site_options, site_layout in plans:
-            for h in target.holders:
-                release(h.module, h.parameter)
-            attach_target(model, target, Site(site_options, site_layout, site_options.scale))
+        attach_plans(model, plans, experts)
     freeze(model, bias=bias, train=train)
     tied = [[h.name for h in t.holders] for t in chosen if len(t.holders) > 1]
     report = report_of(model, [t.name for t in chosen], excluded, tied)
     if not quiet:
         print(report)
     return report
-
-
-def attach_target(
-    model: nn.Module,
-    target: Target,
-    site: Site,
-    pair: tuple[nn.Parameter, nn.Parameter] | None = None,
-) -> None:
-    """Give every module that holds a weight the same site and the same factors."""
-    first = target.holders[0]
-    embedding = kind_of(first.module, first.parameter) == "embedding"
-    made = pair or new_factors(target.weight, site.layout, site.options, embedding=embedding)
-    placed = engine_of(target.weight).place(target.weight, site.layout, *made)
-    a, b = (f if isinstance(f, nn.Parameter) else nn.Parameter(f) for f in placed)
-    read = {id(child) for m in model.modules() for child in read_always(m)}
-    _refuse_copied(model, target)
-    for h in target.holders:
-        attach(h.module, h.parameter, site, a, b, through_parent=id(h.module) in read)
-
-
-def _refuse_copied(model: nn.Module, target: Target) -> None:
-    copied = {id(child) for m in model.modules() for child in copied_embedding(m)}
-    if any(id(h.module) in copied for h in target.holders):
-        raise TargetError(
-            f"{target.name} is shared by the first and the last pipeline stage, each with a copy of its own; "
-            "build the model with share_embeddings_and_output_weights=False to adapt it"
-        )
-
-
-def _plans(chosen: Iterable[Target], options: Options, replace: bool) -> list[tuple[Target, Options, Layout]]:
-    problems = Problems(TargetError, "cannot adapt:")
-    plans: list[tuple[Target, Options, Layout]] = []
-    for target in chosen:
-        first = target.holders[0]
-        slot = slots_of(first.module).get(first.parameter)
-        if slot is not None and slot.site.fusion is not None:
-            problems.add(f"{target.name} is fused; call graft.unfuse(model) first")
-        elif slot is not None and not replace:
-            problems.add(f"{target.name} is adapted already; pass replace=True or call graft.unadapt first")
-        try:
-            own = options.changed(**target.overrides)
-            layout = own.layout or natural_layout(first.module, first.parameter, target.weight)
-            layout.factor_shapes(shape_of(target.weight), own.rank)
-            plans.append((target, own, layout))
-        except ValueError as error:
-            problems.add(f"{target.name}: {error}")
-    problems.raise_if_any()
-    return plans
 
 
 def unadapt(model: nn.Module, targets: Patterns | None = None, *, keep_fused: bool = False) -> None:

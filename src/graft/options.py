@@ -14,7 +14,7 @@ from .errors import TargetError
 from .layout import Layout
 
 Position = Literal["pre", "mid", "post"]
-Init = Literal["kaiming", "xavier", "normal"]
+Init = Literal["kaiming", "xavier", "normal", "zero"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,20 @@ class Options:
         dropout: probability in ``[0, 1)``; active in training mode only, on the low-rank branch only.
         dropout_position: ``pre`` drops from x, ``mid`` from ``x Aᵀ``, ``post`` from ``x Aᵀ Bᵀ``. An
             embedding has no dense x: there ``pre`` means ``mid``.
-        init: how A begins, B being zero: ``kaiming`` is ``U(−1/√i, 1/√i)`` (loralib, PEFT), ``xavier``
-            is ``U(−√(6/(i+r)), √(6/(i+r)))``, ``normal`` is ``N(0, 1/r²)``. None: ``normal`` for
-            embeddings, whose A is looked up and not summed over; ``kaiming`` for all else.
+        init: how A begins: ``kaiming`` is ``U(−1/√i, 1/√i)`` (loralib, PEFT), ``xavier`` is
+            ``U(−√(6/(i+r)), √(6/(i+r)))``, ``normal`` is ``N(0, 1/r²)``, ``zero`` is 0. None: ``normal``
+            for embeddings, whose A is looked up and not summed over; ``kaiming`` for all else.
         dtype: the factors' dtype; None is float32 for a half-precision base and the base's own otherwise.
         layout: how the stored weight reads as M[g, o, i]; None takes the module's natural one.
+        init_b: how B begins, by the same names with ``r`` and ``o`` in the place of ``i`` and ``r``.
+            ``zero`` leaves the model as it was until it is trained; any other changes it at once, unless
+            A is zero.
+        normalize_experts: for the experts of a Megatron-core mixture, ``rank / moe_router_topk`` in the
+            place of ``rank``, so that a token meets as many ranks as in a dense layer. ``alpha`` stays
+            (as Megatron-Bridge's ``normalize_moe_lora``), so the scale grows by that number.
+        share_experts: one A and one B for this linear of all experts of a Megatron-core ``SequentialMLP``.
+        all_to_all: for row-parallel layers of Megatron-core with sequence parallelism, ``x Aᵀ`` is summed
+            by an all-to-all and each process for itself, not by a reduce-scatter: the same numbers.
     Raises:
         TargetError: a value outside these ranges.
     """
@@ -45,6 +54,10 @@ class Options:
     init: Init | None = None
     dtype: torch.dtype | None = None
     layout: Layout | None = None
+    init_b: Init = "zero"
+    normalize_experts: bool = False
+    share_experts: bool = False
+    all_to_all: bool = False
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
@@ -57,8 +70,14 @@ class Options:
             raise TargetError(
                 f"dropout_position must be one of {get_args(Position)}, got {self.dropout_position!r}"
             )
-        if self.init is not None and self.init not in get_args(Init):
-            raise TargetError(f"init must be one of {get_args(Init)}, got {self.init!r}")
+        for name, value in (("init", self.init or "kaiming"), ("init_b", self.init_b)):
+            if value not in get_args(Init):
+                raise TargetError(f"{name} must be one of {get_args(Init)}, got {value!r}")
+        if self.init == self.init_b == "zero":
+            raise TargetError(
+                "init='zero' with init_b='zero' would never train: the gradient of each factor is a multiple "
+                "of the other; give one of them another init"
+            )
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise TargetError(f"the factors' dtype must be a floating-point one, got dtype={self.dtype}")
 
@@ -85,15 +104,16 @@ class Options:
 def new_factors(
     weight: torch.Tensor, layout: Layout, options: Options, *, embedding: bool = False
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """Fresh factors ``A [(n r), i]`` and ``B [(n o), r]`` for a stored weight, on its device; ΔW is 0.
+    """Fresh factors ``A [(n r), i]`` and ``B [(n o), r]`` for a stored weight, on its device.
 
     Both are made for the weight's global shape, in full, whatever part of it this process holds.
     """
     shape_a, shape_b = layout.factor_shapes(shape_of(weight), options.rank)
     dtype = options.dtype or factor_dtype(weight)
-    a = torch.empty(shape_a, dtype=dtype, device=weight.device)
-    init_a(a, options.init or ("normal" if embedding else "kaiming"), options.rank)
-    b = torch.zeros(shape_b, dtype=dtype, device=weight.device)
+    a, b = (torch.empty(shape, dtype=dtype, device=weight.device) for shape in (shape_a, shape_b))
+    rank, rows = options.rank, shape_b[0] // len(layout.enabled)
+    fill_factor(a, options.init or ("normal" if embedding else "kaiming"), (shape_a[1], rank), rank)
+    fill_factor(b, options.init_b, (rank, rows), rank)
     return nn.Parameter(a), nn.Parameter(b)
 
 
@@ -107,11 +127,13 @@ def factor_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
 
 
-def init_a(a: torch.Tensor, init: Init, rank: int) -> None:
-    """Fill ``A [(n r), i]`` in place; the groups are independent, so n does not enter the bounds."""
-    if init == "normal":
-        nn.init.normal_(a, std=1.0 / rank)
-        return
-    columns = a.shape[1]
-    bound = math.sqrt(6.0 / (columns + rank)) if init == "xavier" else 1.0 / math.sqrt(columns)
-    nn.init.uniform_(a, -bound, bound)
+def fill_factor(factor: torch.Tensor, init: Init, fans: tuple[int, int], rank: int) -> None:
+    """Fill a factor in place; ``fans`` are one group's inputs and outputs, the groups being independent."""
+    inputs, outputs = fans
+    if init == "zero":
+        nn.init.zeros_(factor)
+    elif init == "normal":
+        nn.init.normal_(factor, std=1.0 / rank)
+    else:
+        bound = math.sqrt(6.0 / (inputs + outputs)) if init == "xavier" else 1.0 / math.sqrt(inputs)
+        nn.init.uniform_(factor, -bound, bound)

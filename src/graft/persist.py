@@ -12,15 +12,17 @@ from torch import nn
 
 from .adapted import Site, factor_names, factors, slots_of
 from .adapter import Adapter, LowRank
+from .adapting import attach_target
 from .attach import all_or_nothing, release, sites
 from .engines import engine_of, shape_of
 from .engines.masters import assign, has_master
+from .engines.megatron_experts import experts_of, refuse_scattered
 from .engines.wrappers import is_wrapped, team_of, together, unwrap
 from .errors import BaseMismatchError, FormatError, GraftError, Problems, StateError
 from .fingerprint import check
 from .kinds import stored_transposed
 from .layout import Layout
-from .model import AdaptReport, adapter_of, attach_target, factor_parameters, freeze, report_of
+from .model import AdaptReport, adapter_of, factor_parameters, freeze, report_of
 from .options import Options, factor_dtype
 from .targets import Inventory, Target
 
@@ -50,7 +52,8 @@ def save(
     Returns:
         Sentences about what was lost or rounded, and what the files cannot say and their reader must be told.
     Raises:
-        StateError: the model has no adapter; ``masters`` of a model without them, or not of an engine.
+        StateError: the model has no adapter; ``masters`` of a model without them, or not of an engine;
+            Megatron's pipeline stages, or adapted experts under its expert parallelism.
         FormatError: a part of the adapter that the format cannot hold.
         OutputError: the path exists or cannot be written.
     """
@@ -59,7 +62,10 @@ def save(
     team, module = team_of(model), unwrap(model)
     name = base_name or getattr(getattr(module, "config", None), "_name_or_path", None) or None
     with together(team):
-        notes = _say_which(model, module, masters)
+        experts = experts_of(module)
+        among = any(id(holder) in experts for holder, _ in sites(module).values())
+        refuse_scattered(module, "graft.save", experts=among)
+        notes = _say_which(model, module, masters) + _say_shared(module)
         adapter = adapter_of(module, trained=trained, masters=masters)
         if team.is_writer():
             notes += write(
@@ -71,6 +77,14 @@ def save(
                 accept_loss=accept_loss,
             )
     return notes
+
+
+def _say_shared(model: nn.Module) -> list[str]:
+    shared = [n for n, (m, p) in sites(model).items() if slots_of(m)[p].site.options.share_experts]
+    if not shared:
+        return []
+    return [f"experts share factors, and the file holds a copy for each ({shared[0]}, …): loaded into a new "
+            "model they train apart; adapt it with share_experts=True before graft.load"]  # fmt: skip
 
 
 def _say_which(model: nn.Module, module: nn.Module, masters: bool) -> list[str]:
@@ -118,7 +132,8 @@ def load(
     Raises:
         FormatError: not an adapter, or one that cannot be run in memory (DoRA, lora_bias).
         BaseMismatchError: an adapter for another base or other sites; nothing was changed.
-        StateError: a model in a training engine, whose optimizer would not know new factors.
+        StateError: a model in a training engine, whose optimizer would not know new factors; Megatron's
+            pipeline stages, or adapted experts under its expert parallelism.
     """
     from .bind import bind
     from .formats import read
@@ -126,6 +141,8 @@ def load(
     model = unwrap(model)
     about = _about(model)
     adapter = read(Path(path), format=format, alpha=alpha, model=about)
+    among = any("local_experts" in name.split(".") for name in adapter.sites)
+    refuse_scattered(model, "graft.load", experts=among)
     inventory = Inventory(model)
     bound = bind(
         adapter,
@@ -274,6 +291,7 @@ def _check_same(model: nn.Module, adapter: Adapter) -> None:
     """The adapter has the sites, ranks and layouts of the model's own."""
     problems = Problems(BaseMismatchError, "the file's adapter is not of the model's adapter's form:")
     ours = sites(model)
+    values: dict[int, tuple[str, LowRank]] = {}
     for name in ours.keys() - adapter.sites.keys():
         problems.add(f"{name} is adapted in the model and not in the file")
     for name, theirs in adapter.sites.items():
@@ -290,6 +308,9 @@ def _check_same(model: nn.Module, adapter: Adapter) -> None:
             problems.add(f"{name}: rank {shape_of(f.b)[1]} in the model, {theirs.rank} in the file")
         elif not has_master(f.a) and not (_holds(f.a, theirs.A) and _holds(f.b, theirs.B)):
             problems.add(f"{name}: factors of {f.a.dtype} cannot hold the file's {theirs.A.dtype} values")
+        other, same = values.setdefault(id(f.a), (name, theirs))
+        if not (torch.equal(same.A, theirs.A) and torch.equal(same.B, theirs.B)):
+            problems.add(f"{name} has the factors of {other} in the model, and others in the file")
     problems.raise_if_any("Pass replace=True to put the file's adapter in the place of the model's")
 
 

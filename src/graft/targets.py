@@ -25,6 +25,7 @@ from torch import nn
 
 from .adapted import factor_names, slots_of
 from .engines import notice, shape_of
+from .engines.megatron_experts import packs_experts
 from .engines.megatron_modules import role_of
 from .errors import Problems, TargetError
 from .kinds import adaptable, is_linear
@@ -35,6 +36,10 @@ Patterns: TypeAlias = "Pattern | Iterable[Pattern] | Mapping[Any, Any]"
 ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")
 _MEGATRON_HEAD = "output_layer"
+_PACKED = (
+    "holds the weights of several experts for one grouped multiplication, which the adapter would not be "
+    "part of; build the model with a SequentialMLP (moe_grouped_gemm=False) to adapt its experts"
+)
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,12 @@ class Inventory:
     def _add_weights(self, path: str, module: nn.Module) -> None:
         for parameter, value in module.named_parameters(recurse=False, remove_duplicate=False):
             lazy = isinstance(value, nn.parameter.UninitializedParameter)
-            if id(value) in self._factors or not (lazy or len(shape_of(value)) >= 2):
+            if id(value) in self._factors:
                 continue
             name = _join(path, parameter)
             notice(name, module, parameter)
+            if not (lazy or len(shape_of(value)) >= 2):
+                continue
             self.weights[name] = value
             held = self.holders.setdefault(id(value), [])
             if not any(h.module is module and h.parameter == parameter for h in held):
@@ -110,6 +117,8 @@ class Inventory:
         shown = f"re:{pattern.pattern}" if isinstance(pattern, re.Pattern) else pattern
         for path, module in self.others.items():
             if path and matches(pattern, path):
+                if packs_experts(module):
+                    return f"{shown!r} is a {type(module).__name__}, which {_PACKED}"
                 inside = [p for p in self.modules if p.startswith(path + ".")]
                 mend = f"; inside it are {', '.join(inside[:4])}" if inside else ""
                 return f"{shown!r} is a {type(module).__name__} without a weight to adapt{mend}"
@@ -223,6 +232,8 @@ def _once(
         elif id(weight) not in found:
             holders = inventory.holders[id(weight)]
             barred = [h.name for h in holders if h.name in excluded]
+            if packs_experts(holders[0].module):
+                problems.add(f"{name} {_PACKED}")
             if barred:
                 problems.add(f"{name} and {barred[0]}, which is excluded, are one tied weight; untie them")
             found[id(weight)] = Target(tuple(holders), overrides)

@@ -1,12 +1,13 @@
-"""Megatron-core tensor parallelism on two processes with gloo."""
+"""Megatron-core's tensor and expert parallelism on two and on four processes with gloo."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("megatron.core")
 pytestmark = [
@@ -15,18 +16,30 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-from tests.dist.megatron_work import CHECKS, work  # noqa: E402
+from tests.dist.mcore.files import death  # noqa: E402
+from tests.dist.mcore.run import checks, launch, start  # noqa: E402
+
+Results = Callable[[int], list[dict[str, str]]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("megatron")
-    torch.multiprocessing.spawn(work, (2, str(folder)), nprocs=2)  # type: ignore[attr-defined]
-    return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(2)]
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return cache(lambda world: launch(world, tmp_path_factory.mktemp(f"of{world}")))
 
 
-@pytest.mark.parametrize("name", list(CHECKS))
-def test_on_two_processes(name: str, results: list[dict[str, str]]) -> None:
-    for rank, result in enumerate(results):
-        assert name in result, "an earlier check failed, so this one did not run"
-        assert not result[name], f"process {rank}:\n{result[name]}"
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world in (2, 4) for name in checks(world)])
+def test_on_several_processes(world: int, name: str, results: Results) -> None:
+    for rank, result in enumerate(results(world)):
+        if name not in result:
+            broken = [n for n, error in result.items() if error]
+            pytest.fail(f"did not run, because of {broken or f'what ended process {rank}'}", pytrace=False)
+        if result[name]:
+            pytest.fail(f"process {rank}:\n{result[name]}", pytrace=False)
+
+
+def test_a_process_that_dies_in_export_leaves_nothing_and_stops_the_other(tmp_path: Path) -> None:
+    codes = start(2, death, tmp_path)
+    assert codes == [0, 7]
+    report = json.loads((tmp_path / "death.json").read_text())
+    assert report["met"] != "nothing" and not report["left"], report
+    assert report["seconds"] < 60, report

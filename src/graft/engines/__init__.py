@@ -33,6 +33,7 @@ __all__ = [
     "engine_of",
     "here",
     "notice",
+    "notice_all",
     "refuse_unequal",
     "settle",
     "shape_of",
@@ -96,6 +97,13 @@ def notice(name: str, module: Any, parameter: str) -> None:
             look = getattr(importlib.import_module(f"{__name__}.{engine}"), "notice", None)
             if look is not None:
                 look(name, module, parameter)
+
+
+def notice_all(model: nn.Module) -> None:
+    """:func:`notice` every parameter of a model, those included that are not adapted."""
+    for path, module in model.named_modules():
+        for parameter, _ in module.named_parameters(recurse=False):
+            notice(f"{path}.{parameter}" if path else parameter, module, parameter)
 
 
 def here(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ is marked when its module is adapted.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,8 @@ from ..checksum import checksum
 from ..errors import TargetError
 from ..layout import Layout
 from . import world
-from .megatron_modules import COLUMN, ROW, group_of, role_of
+from .megatron_groups import group_of, replica_group, tensor_parallel_group
+from .megatron_modules import COLUMN, ROW, role_of
 from .protocol import Part
 from .regions import all_gather
 from .split import Split, mark, split_of
@@ -38,16 +39,18 @@ def recognises(parameter: torch.Tensor) -> bool:
 
 
 def notice(name: str, module: nn.Module, parameter: str) -> None:
-    """Mark a module's weight with how it is cut, as its attributes or else its class tell."""
-    weight: Any = getattr(module, parameter)
-    role = role_of(module)
-    if parameter != "weight" or (role is None and not getattr(weight, "tensor_model_parallel", False)):
-        return
-    group = group_of(module)
-    axis = int(getattr(weight, "partition_dim", -1))
-    if axis < 0:
-        axis = 1 if role == ROW else 0
-    mark(weight, Split(group, axis, _stride(name, module, weight, role)))
+    """Mark a module's parameter with how it is cut, as its attributes or else its class tell."""
+    tensor: Any = getattr(module, parameter)
+    role = role_of(module) if parameter == "weight" else None
+    if role is not None or getattr(tensor, "tensor_model_parallel", False):
+        axis = int(getattr(tensor, "partition_dim", -1))
+        if axis < 0:
+            axis = 1 if role == ROW else 0
+        mark(tensor, Split(group_of(module), axis, _stride(name, module, tensor, role)))
+    elif hasattr(tensor, "sequence_parallel"):
+        # a replicated parameter (a router's); if true, each process sees some of the tokens only
+        group = group_of(module)
+        mark(tensor, Split(group, None, users=group if tensor.sequence_parallel else None))
 
 
 def _stride(name: str, module: nn.Module, weight: Any, role: str | None) -> int:
@@ -68,7 +71,9 @@ def _factor_splits(weight: torch.Tensor, layout: Layout) -> tuple[Split, Split]:
     """
     split = split_of(weight)
     assert split is not None
-    whole = Split(split.group, None)
+    whole = Split(split.group, None, users=split.users)
+    if split.axis is None:
+        return whole, whole
     if not split.spread and layout.pattern not in _ALIGNABLE:
         return whole, whole
     inputs = split.axis == (0 if layout.transposed else 1)
@@ -125,12 +130,12 @@ class Megatron:
     def place(
         self, weight: torch.Tensor, layout: Layout, a: torch.Tensor, b: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whole new factors, equal on every process of the group, cut as the weight is. Collective."""
+        """Whole new factors cut as the weight is, the first process's numbers everywhere. Collective."""
         placed: list[nn.Parameter] = []
         for whole, split in zip((a, b), _factor_splits(weight, layout), strict=True):
-            if split.size > 1:
-                # each process may have drawn other numbers; the first one's count
-                dist.broadcast(whole.detach(), dist.get_global_rank(split.group, 0), group=split.group)
+            # each process may have drawn other numbers; the first one's count
+            _take_first(whole, replica_group(weight))
+            _take_first(whole, split.group)
             factor = nn.Parameter(split.cut(whole.detach()), whole.requires_grad)
             mark(factor, split)
             _tell_megatron(factor, weight, split)
@@ -148,8 +153,13 @@ class Megatron:
         by_group: dict[int, tuple[Any, list[str]]] = {}
         for f in factors:
             split = split_of(f)
-            if split is not None and split.axis is None and split.size > 1:
-                by_group.setdefault(id(split.group), (split.group, []))[1].append(str(checksum(f.detach())))
+            if split is None:
+                continue
+            holders = [split.group if split.axis is None else None, split.users, replica_group(f)]
+            groups = {id(g): g for g in holders if g is not None and g.size() > 1}
+            value = str(checksum(f.detach())) if groups else ""
+            for key, group in groups.items():
+                by_group.setdefault(key, (group, []))[1].append(value)
         answers = [world.same(" ".join(found), group) for group, found in by_group.values()]
         return all(answers)
 
@@ -192,8 +202,9 @@ class Megatron:
         return world.agree(ok)
 
     def same(self, text: str) -> bool:
-        """Over the tensor-parallel group: pipeline stages and experts have sites of their own."""
-        return world.same(text, _tensor_parallel_group())
+        """Over the tensor-parallel group and its replicas: pipeline stages have sites of their own."""
+        answers = [world.same(text, tensor_parallel_group()), world.same(text, replica_group(torch.empty(0)))]
+        return all(answers)
 
     def is_writer(self) -> bool:
         return world.is_writer()
@@ -202,11 +213,22 @@ class Megatron:
         return world.told(text)
 
 
-def _tensor_parallel_group() -> Any:
-    state: Any = sys.modules.get("megatron.core.parallel_state")
-    if state is None or not state.model_parallel_is_initialized():
-        return None
-    return state.get_tensor_model_parallel_group()
+def share(factors: Sequence[nn.Parameter], group: Any) -> None:
+    """Make factors those of all processes of a group, which use them for weights of their own. Collective.
+
+    Their gradients are summed over the group, and Megatron counts them once in the norm of all gradients.
+    """
+    for factor in factors:
+        split = split_of(factor)
+        assert split is not None
+        _take_first(factor, group)
+        mark(factor, replace(split, users=group))
+        cast(Any, factor).shared = group is not None and group.rank() > 0
+
+
+def _take_first(tensor: torch.Tensor, group: Any) -> None:
+    if group is not None and group.size() > 1:
+        dist.broadcast(tensor.detach(), dist.get_global_rank(group, 0), group=group)
 
 
 def _tell_megatron(factor: Any, weight: Any, split: Split) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import nn
@@ -34,20 +33,6 @@ def role_of(module: nn.Module) -> str | None:
         if base.__name__ in _OTHERS and base.__module__.startswith("megatron."):
             return _OTHERS[base.__name__]
     return None
-
-
-def group_of(module: nn.Module) -> Any:
-    """The process group over which this module's weight is split; None without one."""
-    for name in ("tp_group", "_tp_group"):
-        group = getattr(module, name, None)
-        if group is not None:
-            return group
-    state: Any = sys.modules.get("megatron.core.parallel_state")
-    if state is None or not state.model_parallel_is_initialized():
-        return None
-    if getattr(module, "is_expert", False):
-        return state.get_expert_tensor_parallel_group()
-    return state.get_tensor_model_parallel_group()
 
 
 def shared_embedding(module: nn.Module) -> nn.Module | None:

@@ -19,11 +19,16 @@ class Split:
 
     With stride 2 (a gated layer's ``[gate; up]``) a process holds its part of the gate, then its part of
     the other half: the shards one after another are not the weight. ``axis`` None: replicated.
+
+    ``users`` is a group whose processes hold this part alike and put it to different use: what one of them
+    computes for its gradient is a share of it. None where each computes all of it, or where the branch of
+    the layer sees to it.
     """
 
     group: Any
     axis: int | None
     stride: int = 1
+    users: Any = None
 
     @property
     def size(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -41,21 +43,40 @@ def install() -> None:
 def start(rank: int, world: int, store: str) -> None:
     """One process of a gloo group over a file."""
     warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
     install()
 
 
-def parallel(tp: int, **sizes: int) -> None:
-    """Tensor parallelism over ``tp`` of the processes; the others are data-parallel replicas."""
+_GROUPS: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+def parallel(tp: int, ep: int = 1, etp: int | None = None) -> None:
+    """Tensor parallelism over ``tp`` of the processes, experts over ``ep``; the others are replicas.
+
+    Some twenty groups are made, which is slow, so those of every layout are kept.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
 
-    ready = parallel_state.model_parallel_is_initialized() and not sizes
-    if not ready or parallel_state.get_tensor_model_parallel_world_size() != tp:  # some twenty groups: slow
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, **sizes)
+    state, sizes = vars(parallel_state), (tp, ep, etp)
+    names = [n for n in state if n.startswith("_") and n.isupper()]
+    if () not in _GROUPS:
+        _GROUPS[()] = {n: state[n] for n in names}  # none are made yet
+    state.update(_GROUPS.get(sizes, _GROUPS[()]))
+    if sizes not in _GROUPS:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+            distributed_timeout_minutes=1,
+            create_gloo_process_groups=False,
+        )
+        _GROUPS[sizes] = {n: state[n] for n in names}
     initialize_rng_tracker(force_reset=True)
     model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     torch.manual_seed(7)
