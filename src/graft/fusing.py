@@ -306,7 +306,7 @@ def _refuse_unfit(held: Sequence[Held]) -> None:
             problems.add(f"{h.name}: {error}")
     if held and not _alike(held):
         problems.add(
-            "a factor that every process keeps in full has other values on another process; "
+            "a factor that several processes hold alike has other values on another process; "
             "load or adapt on all of them alike"
         )
     if held and not _agree(held, not problems):

@@ -37,8 +37,8 @@ ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")
 _MEGATRON_HEAD = "output_layer"
 _PACKED = (
-    "holds the weights of several experts for one grouped multiplication, which the adapter would not be "
-    "part of; build the model with a SequentialMLP (moe_grouped_gemm=False) to adapt its experts"
+    "holds the weights of several experts for one grouped multiplication, which an adapter could not be part "
+    "of; build the model with a SequentialMLP (moe_grouped_gemm=False), or leave it out with exclude="
 )
 
 
@@ -112,13 +112,17 @@ class Inventory:
         found |= {name: None for name in self.weights if matches(pattern, name)}
         return [name for name in self.weights if name in found]
 
+    def packed(self, pattern: Pattern) -> list[str]:
+        """Paths of the modules that a pattern stands for and that no adapter can be put on."""
+        if pattern == ALL_LINEAR:
+            return []
+        return [p for p, module in self.others.items() if packs_experts(module) and matches(pattern, p)]
+
     def complaint(self, pattern: Pattern) -> str:
         """Why a pattern matches nothing, and what may have been meant."""
         shown = f"re:{pattern.pattern}" if isinstance(pattern, re.Pattern) else pattern
         for path, module in self.others.items():
             if path and matches(pattern, path):
-                if packs_experts(module):
-                    return f"{shown!r} is a {type(module).__name__}, which {_PACKED}"
                 inside = [p for p in self.modules if p.startswith(path + ".")]
                 mend = f"; inside it are {', '.join(inside[:4])}" if inside else ""
                 return f"{shown!r} is a {type(module).__name__} without a weight to adapt{mend}"
@@ -184,14 +188,18 @@ def select(
     patterns = as_patterns(targets)
     if not patterns:
         problems.add("no targets are given; name some, or use targets='all-linear'")
+    without = as_patterns(exclude)
     for pattern in patterns:
         names = inventory.match(pattern)
-        if not names:
+        packed = [p for p in inventory.packed(pattern) if not any(matches(e, p) for e in without)]
+        for path in packed:
+            problems.add(f"{path} is a {type(inventory.others[path]).__name__}, which {_PACKED}")
+        if not names and not packed:
             problems.add(inventory.complaint(pattern))
         for name in names:
             chosen.setdefault(name, options.get(pattern) or {})
     barred: dict[str, None] = {}
-    for pattern in as_patterns(exclude):
+    for pattern in without:
         names = _excluded(inventory, pattern)
         if not names:
             problems.add("exclude: " + inventory.complaint(pattern))

@@ -45,6 +45,41 @@ def checkpoint_loads_at_every_size(folder: Path) -> None:
 
 
 @check(2)
+def stages_of_a_pipeline(folder: Path) -> None:
+    """Each fuses its own layers, all or none; together they are a checkpoint, and alone no whole model."""
+    import graft
+    from megatron.core import dist_checkpointing
+
+    model = gpt(1, tied=False, pp=2)
+    adapt(model, LINEARS)
+    fill(model, seed=17 + dist.get_rank())
+    before = weights(model)
+    for verb in ("export", "save"):
+        with refused(f"graft.{verb}", "2 pipeline stages", "dist_checkpointing"):
+            getattr(graft, verb)(model, folder / "out")
+    assert not any(folder.iterdir())
+    assert graft.fuse(model) == graft.unfuse(model) == 4
+    assert all(torch.equal(bits(w), bits(before[n])) for n, w in weights(model).items())
+    proj = model.decoder.layers[0].self_attention.linear_proj
+    kept = proj.lora_B.detach().clone()
+    if dist.get_rank():
+        proj.lora_B.data.fill_(torch.inf)
+    with refused("beyond" if dist.get_rank() else "another process"):
+        graft.fuse(model)
+    assert all(torch.equal(bits(w), bits(before[n])) for n, w in weights(model).items())
+    proj.lora_B.data.copy_(kept)
+    dist_checkpointing.save(sharded(model), str(folder))
+    single = gpt(1, tied=False)
+    adapt(single, LINEARS)
+    single.load_state_dict(dist_checkpointing.load(sharded(single), str(folder))["model"])
+    mine = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    found = single.state_dict()
+    for name, tensor in mine.items():  # each stage counts its layers from 0
+        there = name.replace("decoder.layers.0.", f"decoder.layers.{dist.get_rank()}.")
+        assert torch.equal(bits(tensor), bits(found[there])), name
+
+
+@check(2)
 def adapter_saved_at_two_loads_at_one_and_two(folder: Path) -> None:
     import graft
 

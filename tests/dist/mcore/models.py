@@ -71,13 +71,15 @@ def gpt(
     tied: bool = True,
     ep: int = 1,
     etp: int | None = None,
+    pp: int = 1,
     **settings: Any,
 ) -> Any:
-    """A GPTModel of Megatron's local spec: GQA, SwiGLU, RMSNorm, rotary positions."""
+    """A GPTModel of Megatron's local spec: GQA, SwiGLU, RMSNorm, rotary positions; or this stage of it."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    shim.parallel(tp, ep, etp)
+    shim.parallel(tp, ep, etp, pp)
+    stage = dist.get_rank() * pp // dist.get_world_size()
     torch.manual_seed(3)
     if experts:
         settings = {"num_moe_experts": experts, "moe_router_topk": 2, "moe_ffn_hidden_size": 24,
@@ -86,6 +88,8 @@ def gpt(
                     **settings}  # fmt: skip
     config = shim.config(
         tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        pipeline_dtype=torch.float32,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
         normalization="RMSNorm",
@@ -94,7 +98,8 @@ def gpt(
     )
     spec = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm")
     return GPTModel(config, spec, vocab_size=64, max_sequence_length=16, position_embedding_type="rope",
-                    share_embeddings_and_output_weights=tied)  # fmt: skip
+                    share_embeddings_and_output_weights=tied, pre_process=stage == 0,
+                    post_process=stage == pp - 1)  # fmt: skip
 
 
 def adapt(model: nn.Module, targets: Any = "all-linear", **options: Any) -> None:

@@ -109,32 +109,12 @@ def a_weight_edited_while_fused_is_refused(_: Path) -> None:
 
 
 @check(2)
-def embedding_copied_to_another_stage_is_refused(_: Path) -> None:
-    model = gpt(2, tied=True)
-    model.post_process = False  # as the first of two pipeline stages has it
-    with refused("pipeline stage"):
-        adapt(model, "word_embeddings")
-    assert type(model.embedding.word_embeddings).__name__ == "VocabParallelEmbedding"
-
-
-@check(2)
-def pipeline_stages_are_not_a_whole_model(folder: Path) -> None:
-    import graft
-
-    class Two:
-        def size(self) -> int:
-            return 2
-
-    model = gpt(2, tied=False)
-    adapt(model, LINEARS)
-    model.pg_collection.pp, own = Two(), model.pg_collection.pp
-    for verb in ("export", "save"):
-        with refused(f"graft.{verb}", "2 pipeline stages", "dist_checkpointing"):
-            getattr(graft, verb)(model, folder / "out")
-    assert not any(folder.iterdir())
-    model.pg_collection.pp = own
-    graft.fuse(model)
-    graft.unfuse(model)
+def an_embedding_copied_to_another_stage_is_refused(_: Path) -> None:
+    model = gpt(1, tied=True, pp=2)
+    name = "output_layer" if dist.get_rank() else "word_embeddings"
+    with refused("pipeline stage", name):
+        adapt(model, [name, "linear_qkv"])
+    assert not any("lora_" in n for n in model.state_dict())
 
 
 @check(2)
@@ -177,3 +157,9 @@ def packed_experts_are_refused(_: Path) -> None:
         with warnings.catch_warnings(), refused("SequentialMLP", "moe_grouped_gemm=False"):
             graft.adapt(model, target, quiet=True)
         assert not any("lora_" in n for n in model.state_dict()), target
+    # also where the name stands for plain linears too, unless it is left out by name
+    model = nn.ModuleDict({**_packed(), "dense": nn.ModuleDict({"linear_fc1": nn.Linear(4, 4)})})
+    with refused("linear_fc1 is a TEColumnParallelGroupedLinear", "exclude="):
+        graft.adapt(model, "linear_fc1", quiet=True)
+    report = graft.adapt(model, "linear_fc1", exclude="re:linear_fc1", quiet=True)
+    assert report.sites == ("dense.linear_fc1.weight",)

@@ -18,6 +18,7 @@ def install() -> None:
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -55,15 +56,15 @@ def start(rank: int, world: int, store: str) -> None:
 _GROUPS: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
-def parallel(tp: int, ep: int = 1, etp: int | None = None) -> None:
-    """Tensor parallelism over ``tp`` of the processes, experts over ``ep``; the others are replicas.
+def parallel(tp: int, ep: int = 1, etp: int | None = None, pp: int = 1) -> None:
+    """Tensor parallelism over ``tp`` of the processes, experts over ``ep``, ``pp`` stages; the rest replicas.
 
     Some twenty groups are made, which is slow, so those of every layout are kept.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
 
-    state, sizes = vars(parallel_state), (tp, ep, etp)
+    state, sizes = vars(parallel_state), (tp, ep, etp, pp)
     names = [n for n in state if n.startswith("_") and n.isupper()]
     if () not in _GROUPS:
         _GROUPS[()] = {n: state[n] for n in names}  # none are made yet
@@ -71,6 +72,7 @@ def parallel(tp: int, ep: int = 1, etp: int | None = None) -> None:
     if sizes not in _GROUPS:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
             expert_model_parallel_size=ep,
             expert_tensor_parallel_size=etp,
             distributed_timeout_minutes=1,
