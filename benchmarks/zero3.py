@@ -12,7 +12,6 @@ anonymous memory. GRAFT_WIDTH, GRAFT_LAYERS, GRAFT_RUNS and GRAFT_DTYPE (bf16, f
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import os
 import shutil
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import interleaved, machine, median_ratio
+from common import Received, interleaved, machine, median_ratio
 from torch import nn
 
 WIDTH = int(os.environ.get("GRAFT_WIDTH", "2048"))
@@ -34,34 +33,6 @@ LAYERS = int(os.environ.get("GRAFT_LAYERS", "8"))
 RUNS = int(os.environ.get("GRAFT_RUNS", "3"))
 RANK = 16
 DTYPE = os.environ.get("GRAFT_DTYPE", "bf16")
-
-received = 0  # bytes, by the collectives wrapped below
-
-
-def _counted(name: str, size: Callable[[list[torch.Tensor]], int]) -> None:
-    own = getattr(dist, name)
-    first, second, *_ = inspect.signature(own).parameters
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        global received
-        given = dict(zip((first, second), args, strict=False)) | kwargs
-        many = given.get(second) if name == "gather" else given[first]
-        received += size([many] if isinstance(many, torch.Tensor) else many or [])
-        return own(*args, **kwargs)
-
-    setattr(dist, name, call)
-
-
-def _others(outs: list[torch.Tensor]) -> int:
-    return sum(o.nbytes for o in outs) * (dist.get_world_size() - 1) // dist.get_world_size()
-
-
-def count_bytes() -> None:
-    """Must run before DeepSpeed is imported, which keeps the functions that it finds."""
-    for name in ("all_gather_into_tensor", "all_gather", "gather"):
-        _counted(name, _others)
-    _counted("broadcast", lambda t: 0 if dist.get_rank() == 0 else t[0].nbytes)
-    _counted("all_reduce", lambda t: t[0].nbytes)
 
 
 def anonymous() -> int:
@@ -92,7 +63,7 @@ def peak(found: list[int]) -> Generator[None]:
 
 
 def main() -> None:
-    count_bytes()
+    received = Received()
     import deepspeed
 
     os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
@@ -103,7 +74,7 @@ def main() -> None:
     folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folders, 0)
     try:
-        measure(engine, deepspeed, Path(folders[0]))
+        measure(engine, deepspeed, Path(folders[0]), received)
     finally:
         dist.barrier()
         shutil.rmtree(folders[0], ignore_errors=True)
@@ -132,7 +103,7 @@ def build(deepspeed: Any) -> Any:
     return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(factors), config=config)[0]
 
 
-def measure(engine: Any, deepspeed: Any, folder: Path) -> None:
+def measure(engine: Any, deepspeed: Any, folder: Path, received: Received) -> None:
     import graft
 
     gathered, model, number = deepspeed.zero.GatheredParameters, engine.module, itertools.count()
@@ -174,10 +145,10 @@ def measure(engine: Any, deepspeed: Any, folder: Path) -> None:
 
     def watched(name: str, way: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
-            before = received
+            before = received.bytes
             with peak(grown[name]):
                 way()
-            told[name].append(received - before)
+            told[name].append(received.bytes - before)
             dist.barrier()  # seconds of the slowest process
 
         return run
