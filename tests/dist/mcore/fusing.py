@@ -107,7 +107,8 @@ def grouped_layout_of_a_gated_layer(_: Path) -> None:
 @check(2)
 def whole_weights_reach_the_writer(_: Path) -> None:
     import graft
-    from graft.fusing import effective_weight, held_sites
+    from graft.effective import effective_weight
+    from graft.fusing import held_sites
 
     split, dense = fused_pair(torch.bfloat16, True)
     graft.fuse(dense)
