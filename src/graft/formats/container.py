@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -85,13 +85,31 @@ class TensorFile:
     def open(self, path: Path) -> Opened:
         nested = None
         if path.suffix != ".safetensors" and begins(path)[8:9] != b"{":
-            nested = state_dict_of(load_pickled(path, inert=FRAMEWORKS))
+            value = load_pickled(path, inert=FRAMEWORKS)
+            alone = _adapter_alone(value)
+            if alone is not None:
+                return Opened(path, (path.parent,), (path,), tensors=alone)
+            nested = state_dict_of(value)
         if nested is None:
             return Opened(
                 path, (path.parent,), (path,), tensors=load_file(path), metadata=dict(metadata(path))
             )
         whole = {name: Stored.of(tensor) for name, tensor in nested.items()}
         return Opened(path, (path.parent,), (path,), whole=whole)
+
+
+def _adapter_alone(value: object) -> dict[str, torch.Tensor] | None:
+    """litgpt's ``{"model": …}`` around nothing but LoRA's tensors."""
+    inner = cast("dict[object, object]", value).get("model") if isinstance(value, dict) else None
+    if not isinstance(inner, dict) or not inner:
+        return None
+    found: dict[str, torch.Tensor] = {}
+    for key, tensor in cast("dict[object, object]", inner).items():
+        name = str(key)
+        if not isinstance(tensor, torch.Tensor) or name.rpartition(".")[2] not in ("lora_A", "lora_B"):
+            return None
+        found[name] = tensor.detach()
+    return found
 
 
 def begins(path: Path, count: int = 16) -> bytes:

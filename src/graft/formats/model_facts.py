@@ -13,6 +13,7 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+_INNER = ("intermediate_size", "ffn_hidden_size", "n_inner")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -36,6 +37,38 @@ class ModelFacts:
     def per_group(self) -> int:
         """Query heads of each key/value head."""
         return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Widths of a decoder.
+
+    Args:
+        layers: how many.
+        hidden: of the residual stream.
+        inner: of the MLP, or of one expert's.
+        experts: of a layer; 0 without.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    experts: int
+
+
+def model_sizes(config: Mapping[str, object] | None, needed_by: str) -> ModelSizes:
+    """Read them, as :func:`model_facts` does.
+
+    Raises:
+        FormatError: as there.
+    """
+    layers = model_facts(config, needed_by).layers
+    table = _flat(config or {})
+    hidden, inner = _number(table, _HIDDEN), _number(table, ("moe_intermediate_size", *_INNER))
+    if not hidden or not inner:
+        missing = _INNER[0] if hidden else _HIDDEN[0]
+        raise FormatError(f"{needed_by} needs {missing}, which the base's config.json does not say")
+    return ModelSizes(layers, hidden, inner, _number(table, _EXPERTS) or 0)
 
 
 def model_facts(config: Mapping[str, object] | None, needed_by: str) -> ModelFacts:

@@ -13,6 +13,7 @@ from .deepspeed_chat import DeepSpeedChatFormat
 from .gguf.container import GgufFile
 from .gguf.format import GgufFormat
 from .graft_states import GraftFormat
+from .litgpt import LitgptFormat
 from .loralib import LoralibFormat
 from .mistral import MistralFormat
 from .mlx import MlxFormat
@@ -30,6 +31,7 @@ FORMATS: tuple[Format, ...] = (
     GgufFormat(),
     MlxFormat(),
     MistralFormat(),
+    LitgptFormat(),
     PeftFormat(),
     LoralibFormat(),
 )

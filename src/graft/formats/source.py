@@ -24,6 +24,7 @@ _PREFERRED = (
     "adapters.safetensors",
     "adapter.safetensors",
     "pytorch_adapter.bin",
+    "lit_model.pth.lora",
 )
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".lora", ".gguf")
 CONFIG_NAME = "adapter_config.json"
