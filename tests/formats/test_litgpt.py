@@ -18,7 +18,7 @@ from graft.formats import Target, read, write
 from graft.formats.litgpt import LitgptFormat
 from graft.formats.litgpt_names import FAMILIES
 from graft.formats.litgpt_qkv import Heads
-from graft.formats.litgpt_writer import _yaml  # pyright: ignore[reportPrivateUsage]
+from graft.formats.yaml_text import yaml_text
 from graft.layout import Layout
 
 from .carrying import MODEL, SHAPES, assert_same_update, plain, update
@@ -39,9 +39,7 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], settings: Any, *, neste
     folder.mkdir()
     torch.save({"model": tensors} if nested else tensors, folder / "lit_model.pth.lora")
     if settings is not None:
-        (folder / "hyperparameters.yaml").write_text(
-            "".join(f"{k}: {_yaml(v)}\n" for k, v in settings.items())
-        )
+        (folder / "hyperparameters.yaml").write_text(yaml_text(settings))
     return folder
 
 
@@ -248,7 +246,7 @@ def test_modules_that_litgpt_does_not_have_are_lost() -> None:
 @pytest.mark.parametrize("value", [1e-05, 3e22, 0.1, 16.0, 7, True, "a: b"])
 def test_yaml_scalars_are_read_as_what_they_were(value: Any) -> None:
     yaml = pytest.importorskip("yaml")
-    assert yaml.safe_load(f"x: {_yaml(value)}")["x"] == value
+    assert yaml.safe_load(yaml_text({"x": {"y": value}}))["x"]["y"] == value
 
 
 def theirs(**changes: Any) -> Any:

@@ -6,7 +6,6 @@ its tensors; those that the adapter does not have are written as zeros, whose Δ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from .litgpt_qkv import Heads
 from .model_facts import ModelSizes, model_sizes
 from .protocol import Loss, Target, Written
 from .uniform import alpha_of, commonest_scale, one_rank, with_scale
+from .yaml_text import yaml_text
 
 _HOLDS = Holds("litgpt")
 _FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
@@ -106,8 +106,7 @@ def write(adapter: Adapter, path: Path, target: Target) -> Written:
     }
     with atomic_directory(path) as staging, output_errors(path):
         torch.save({"model": _tensors(found, flags, base, rank)}, staging / "lit_model.pth.lora")
-        text = "".join(f"{key}: {_yaml(value)}\n" for key, value in hyper.items())
-        (staging / HYPERPARAMETERS).write_text(text, encoding="utf-8")
+        (staging / HYPERPARAMETERS).write_text(yaml_text(hyper), encoding="utf-8")
     notes.append("for litgpt merge_lora, put the model_config.yaml of litgpt's base beside it")
     return Written(notes)
 
@@ -179,11 +178,3 @@ def _modules(layer: int, base: _Base) -> list[tuple[str, tuple[int, int]]]:
         many = range(sizes.experts) if "experts" in parts else (None,)
         modules += [(template.format(layer, *(() if n is None else (n,))), shape) for n in many]
     return modules
-
-
-def _yaml(value: object) -> str:
-    """A YAML scalar; YAML 1.1 reads a number without a point and with an exponent as text."""
-    text = json.dumps(value, ensure_ascii=False)
-    if isinstance(value, float) and "e" in text and "." not in text:
-        return text.replace("e", ".0e")
-    return text

@@ -19,6 +19,7 @@ from .mistral import MistralFormat
 from .mlx import MlxFormat
 from .peft.format import PeftFormat, PortablePeft
 from .protocol import Format, Writer
+from .torchtune import TorchtuneFormat
 
 #: in the order in which they are asked; the last takes any file
 CONTAINERS: tuple[Container, ...] = (EngineCheckpoint(), GgufFile(), TensorFile())
@@ -32,6 +33,7 @@ FORMATS: tuple[Format, ...] = (
     MlxFormat(),
     MistralFormat(),
     LitgptFormat(),
+    TorchtuneFormat(),
     PeftFormat(),
     LoralibFormat(),
 )
