@@ -102,6 +102,11 @@ def experts_of(config: Mapping[str, object] | None) -> int | None:
     return _number(_flat(config or {}), _EXPERTS)
 
 
+def model_type(config: Mapping[str, object] | None) -> str:
+    """transformers' name of the (language model's) architecture; empty if no base is given, or not said."""
+    return "" if config is None else str(_table(config, "").get("model_type", ""))
+
+
 def expert_count(config: Mapping[str, object] | None, needed_by: str) -> int:
     """How many routed experts each mixture has.
 

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 
 from .adapterhub import AdapterHubFormat
 from .container import Container, EngineCheckpoint, TensorFile
+from .dcp.checkpoint import DistributedCheckpoint
 from .deepspeed_chat import DeepSpeedChatFormat
 from .gguf.container import GgufFile
 from .gguf.format import GgufFormat
 from .graft_states import GraftFormat
 from .litgpt import LitgptFormat
 from .loralib import LoralibFormat
+from .megatron.format import MegatronFormat
 from .mistral import MistralFormat
 from .mlx import MlxFormat
 from .peft.format import PeftFormat, PortablePeft
@@ -22,7 +24,12 @@ from .protocol import Format, Writer
 from .torchtune import TorchtuneFormat
 
 #: in the order in which they are asked; the last takes any file
-CONTAINERS: tuple[Container, ...] = (EngineCheckpoint(), GgufFile(), TensorFile())
+CONTAINERS: tuple[Container, ...] = (
+    EngineCheckpoint(),
+    DistributedCheckpoint(),
+    GgufFile(),
+    TensorFile(),
+)
 
 #: in the order in which detection asks them: those with names of their own before those with common ones
 FORMATS: tuple[Format, ...] = (
@@ -30,6 +37,7 @@ FORMATS: tuple[Format, ...] = (
     GraftFormat(),
     DeepSpeedChatFormat(),
     GgufFormat(),
+    MegatronFormat(),
     MlxFormat(),
     MistralFormat(),
     LitgptFormat(),

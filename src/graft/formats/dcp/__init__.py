@@ -1,0 +1,1 @@
+"""Directories that ``torch.distributed.checkpoint`` (DCP) writes, read without its pickles being run."""

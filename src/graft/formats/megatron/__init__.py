@@ -1,0 +1,1 @@
+"""LoRA of Megatron-Bridge and NeMo: ``torch_dist`` checkpoints, read and written without Megatron."""
