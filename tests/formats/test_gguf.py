@@ -402,3 +402,13 @@ def test_another_byte_order_is_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(FormatError, match="another byte order"):
         read(tmp_path / "a.gguf")
+
+
+def test_a_bfloat16_embedding_of_rank_one_is_written(tmp_path: Path) -> None:
+    """Its transposed factor is contiguous to torch, although the last stride is not 1."""
+    pytest.importorskip("gguf")
+    name = "model.embed_tokens.weight"
+    one = site(name, 1, 0.0625, torch.bfloat16)
+    write(Adapter({name: one}), tmp_path / "a.gguf", format="gguf", model=MODEL)
+    back = bind(read(tmp_path / "a.gguf", model=MODEL), SHAPES, config=MODEL)
+    assert_same_update(Adapter({name: one}), back, rounded=False)

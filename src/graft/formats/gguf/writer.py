@@ -138,7 +138,7 @@ def _save(
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, base)
     for key, tensor in data.items():
-        whole = tensor.detach().cpu().contiguous()
+        whole = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # also for axes of size 1
         if whole.dtype == torch.bfloat16:  # numpy has none
             bytes_, kind = whole.view(torch.uint8), gguf.GGMLQuantizationType.BF16
             writer.add_tensor(key, bytes_.numpy(), raw_dtype=kind)
