@@ -2,7 +2,8 @@
 
 The module's class becomes a cached subclass of ``(Adapted, its class)``; ``lora_A`` and ``lora_B`` join
 the module's own parameters (``lora_A_<name>``, ``lora_B_<name>`` for a parameter not called ``weight``).
-Nothing else moves: the weight object, the base's state-dict keys, ``isinstance`` and hooks stay.
+Nothing else moves: the weight object, the base's state-dict keys, ``isinstance`` and hooks stay. A layer of
+another library's names (:mod:`graft.compat`) says what it calls A and B.
 
 Two ways to run forward: **factored**, ``plain(x) + scale · (x Aᵀ) Bᵀ``, for the forwards in
 :mod:`graft.branches`; **shadowed**, with W + ΔW in the weight's place while forward runs, for all others.
@@ -58,12 +59,13 @@ class Slot:
 
     site: Site
     factored: bool
+    names: tuple[str, str]  # of A and B on the module
     spread: bool = False  # the engine gathers the factors in forward
     used_elsewhere: bool = False  # other processes use these factors for tokens or weights of their own
 
 
 def factor_names(parameter: str) -> tuple[str, str]:
-    """Names of A and B on the module."""
+    """Names of A and B on the module, unless its slot says others."""
     tail = "" if parameter == "weight" else f"_{parameter}"
     return f"lora_A{tail}", f"lora_B{tail}"
 
@@ -73,6 +75,7 @@ class Adapted(nn.Module):
 
     graft_plain: ClassVar[type[nn.Module]]
     graft_branch: ClassVar[Branch | None] = None
+    graft_children: ClassVar[tuple[str, ...]] = ()  # submodules that the plain class does not have
     graft_slots: dict[str, Slot]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +156,7 @@ def _refuse_unshared(layer: nn.Module, state_dict: Mapping[str, torch.Tensor], p
 
 
 def _refuse_training(module: nn.Module, parameter: str) -> None:
-    a = getattr(module, factor_names(parameter)[0])
+    a = getattr(module, names_of(module, parameter)[0])
     if module.training and torch.is_grad_enabled() and a.requires_grad:
         raise StateError(
             f"{type(module).__name__}.{parameter} is fused, so training would give A and B no gradient; call "
@@ -204,15 +207,20 @@ def _ready(module: Adapted, parameter: str) -> Factors:
 
 def factors(module: nn.Module, parameter: str) -> Factors:
     """The live factors of one site with their scale and layout."""
-    site = cast(Adapted, module).graft_slots[parameter].site
-    name_a, name_b = factor_names(parameter)
-    a, b = getattr(module, name_a), getattr(module, name_b)
+    slot = cast(Adapted, module).graft_slots[parameter]
+    site = slot.site
+    a, b = (getattr(module, name) for name in slot.names)
     return Factors(a, b, site.scale, site.layout, site.options)
 
 
 def slots_of(module: nn.Module) -> dict[str, Slot]:
     """The adapted parameters of one module."""
     return module.graft_slots if isinstance(module, Adapted) else {}
+
+
+def names_of(module: nn.Module, parameter: str) -> tuple[str, str]:
+    """Names of a site's A and B on its module."""
+    return slots_of(module)[parameter].names
 
 
 # --- the class swap ---------------------------------------------------------------------------------
@@ -246,7 +254,7 @@ def _sharded_state_dict(
     """Megatron's description of this module's tensors, with the factors as they are cut."""
     plain = cast(Any, self.graft_plain)
     found: dict[str, Any] = plain.sharded_state_dict(self, prefix, sharded_offsets, metadata)
-    own = {name: getattr(self, name) for slot in self.graft_slots for name in factor_names(slot)}
+    own = {name: getattr(self, name) for slot in self.graft_slots.values() for name in slot.names}
     return found | sharded_factors(own, prefix, sharded_offsets, metadata)
 
 

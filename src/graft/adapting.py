@@ -55,9 +55,15 @@ def attach_target(
     target: Target,
     site: Site,
     pair: tuple[nn.Parameter, nn.Parameter] | None = None,
+    names: tuple[str, str] | None = None,
 ) -> None:
-    """Give every module that holds a weight the same site and the same factors, new ones without ``pair``."""
-    attach_pair(model, target, site, place(target, site, pair))
+    """Give every module that holds a weight the same site and the same factors.
+
+    Args:
+        pair: A and B; new ones when None.
+        names: what the modules call them; see :func:`graft.attach.attach`.
+    """
+    attach_pair(model, target, site, place(target, site, pair), names)
 
 
 def place(
@@ -73,13 +79,17 @@ def place(
 
 
 def attach_pair(
-    model: nn.Module, target: Target, site: Site, pair: tuple[nn.Parameter, nn.Parameter]
+    model: nn.Module,
+    target: Target,
+    site: Site,
+    pair: tuple[nn.Parameter, nn.Parameter],
+    names: tuple[str, str] | None = None,
 ) -> None:
     """Give every module that holds a weight the same site and these very factors."""
     read = {id(child) for m in model.modules() for child in read_always(m)}
     _refuse_copied(model, target)
     for h in target.holders:
-        attach(h.module, h.parameter, site, *pair, through_parent=id(h.module) in read)
+        attach(h.module, h.parameter, site, *pair, through_parent=id(h.module) in read, names=names)
 
 
 def _refuse_copied(model: nn.Module, target: Target) -> None:

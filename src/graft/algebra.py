@@ -12,6 +12,7 @@ import torch
 
 from .adapter import Adapter, LowRank
 from .errors import LayoutError
+from .layout import Layout
 from .rounding import two_product
 
 
@@ -39,6 +40,26 @@ def folded(site: LowRank, scale: float) -> tuple[LowRank, bool]:
     before = two_product(site.B.double(), torch.tensor(site.scale, dtype=torch.float64))
     after = two_product(new.B.double(), torch.tensor(scale, dtype=torch.float64))
     return new, all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def turned(site: LowRank) -> LowRank:
+    """The same update read the other way round: M is transposed, A and B change places.
+
+    ``i o`` becomes ``o i`` and ``g i o`` becomes ``g o i`` and back; each expert's factors are transposed.
+    """
+    layout = site.layout
+    assert layout is not None
+    other = {"i o": "o i", "o i": "i o", "g i o": "g o i", "g o i": "g i o"}[layout.pattern]
+    n, rank = len(layout.enabled), site.rank
+    a = site.B.reshape(n, -1, rank).transpose(1, 2).reshape(n * rank, -1)
+    b = site.A.reshape(n, rank, -1).transpose(1, 2).reshape(-1, rank)
+    return replace(site, A=a, B=b, layout=Layout(other, layout.groups, layout.only))
+
+
+def read_as(site: LowRank, layout: Layout) -> LowRank:
+    """The same update with this layout if it reads the plain matrix from its other side; else as it is."""
+    own = site.layout
+    return turned(site) if own is not None and {own.pattern, layout.pattern} == {"o i", "i o"} else site
 
 
 def plus(one: LowRank, other: LowRank) -> LowRank:

@@ -1,7 +1,8 @@
 """Directories and files that appear whole or not at all.
 
-A directory is written beside its final place under a hidden name, synced, and renamed. Its writer holds
-a lock on it, so a later run knows what a killed run left behind and removes it.
+A directory is written beside its final place under a hidden name, synced, and renamed; files that join others
+in a directory are written in a hidden one inside it. The writer holds a lock on what is hidden, so a later
+run knows what a killed run left behind and removes it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def atomic_directory(out: Path, *, force: bool = False) -> Generator[Path, None,
     try:
         with output_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale(out)
+            _remove_stale(out.parent, f".{out.name[:100]}.")
             staging.mkdir()
             lock = _lock(staging)
             yield staging
@@ -62,9 +63,55 @@ def atomic_directory(out: Path, *, force: bool = False) -> Generator[Path, None,
         _remove(staging)
         if lock is not None:
             os.close(lock)
-        for parent in missing:  # deepest first; those that hold something stay
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        _remove_empty(missing)
+
+
+@contextlib.contextmanager
+def atomic_files(folder: Path) -> Generator[Path, None, None]:
+    """Yield a fresh directory whose files move into ``folder`` when the block ends well, and vanish when not.
+
+    Each file appears in its place, or takes that of an older one of its name, whole; ``config.json`` goes
+    last. What else ``folder`` holds stays. It is created if missing.
+
+    Raises:
+        OutputError: ``folder`` is a file, or cannot be written; also when the disk fills up meanwhile.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is not a directory; name another output directory")
+    staging = folder / f".graft-{os.getpid()}-{secrets.token_hex(4)}"
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock: int | None = None
+    try:
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_stale(folder, ".")
+            staging.mkdir()
+            lock = _lock(staging)
+            yield staging
+            _sync_tree(staging)
+            _move_files(staging, folder)
+    finally:
+        _remove(staging)
+        if lock is not None:
+            os.close(lock)
+        _remove_empty(missing)
+
+
+def _move_files(staging: Path, folder: Path) -> None:
+    files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+    for path in sorted(files, key=lambda path: path.name == "config.json"):
+        place = folder / path.relative_to(staging)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+    sync(folder)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove those that hold nothing; deepest first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def last(staging: Path, name: str) -> Path:
@@ -134,9 +181,9 @@ def _lock(folder: Path) -> int | None:
     return fd
 
 
-def _remove_stale(out: Path) -> None:
+def _remove_stale(parent: Path, start: str) -> None:
     """Remove what killed runs left: unlocked, and their process is gone or they are a minute old."""
-    for folder in out.parent.glob(f".{_escape(out.name[:100])}.graft-*-*"):
+    for folder in parent.glob(f"{_escape(start)}graft-*-*"):
         with contextlib.suppress(OSError, ValueError):
             pid = int(folder.name.rsplit("-", 2)[1])
             gone = not _alive(pid) or time.time() - folder.stat().st_mtime > 60

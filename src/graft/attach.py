@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from .adapted import Adapted, Site, Slot, adapted_class, factor_names, slots_of
+from .adapted import Adapted, Site, Slot, adapted_class, factor_names, names_of, slots_of
 from .branches import branch_of, fits
 from .engines import engine_of, settle
 from .engines.megatron_experts import is_expert_layer
@@ -43,6 +43,8 @@ def become_adapted(module: nn.Module) -> Adapted:
 def become_plain(module: Adapted) -> None:
     """The plain class again; the module must have no site left."""
     assert not module.graft_slots
+    for name in type(module).graft_children:
+        delattr(module, name)
     del module.graft_slots
     module.__class__ = cast(Any, unadapted(type(module)))
 
@@ -55,9 +57,13 @@ def attach(
     b: nn.Parameter,
     *,
     through_parent: bool = False,
+    names: tuple[str, str] | None = None,
 ) -> Slot:
     """Make one parameter of a module a site; tied modules are given the same site and factors.
 
+    Args:
+        through_parent: another module's forward reads the parameter.
+        names: what the module calls A and B; ``lora_A`` and ``lora_B`` when None.
     Raises:
         TargetError: dropout on a parameter whose forward Graft does not know.
     """
@@ -75,17 +81,18 @@ def attach(
             "set module.max_norm = None to adapt it"
         )
     adapted = become_adapted(module)
-    for name, value in zip(factor_names(parameter), (a, b), strict=True):
+    names = names or factor_names(parameter)
+    for name, value in zip(names, (a, b), strict=True):
         adapted.register_parameter(name, value)
     used_elsewhere = any(split is not None and split.users is not None for split in map(split_of, (a, b)))
     spread = hasattr(engine_of(weight), "ready")
-    adapted.graft_slots[parameter] = Slot(site, factored, spread, used_elsewhere)
+    adapted.graft_slots[parameter] = Slot(site, factored, names, spread, used_elsewhere)
     return adapted.graft_slots[parameter]
 
 
 def detach(module: Adapted, parameter: str) -> None:
     """Remove one site's factors from a module."""
-    for name in factor_names(parameter):
+    for name in names_of(module, parameter):
         delattr(module, name)
     del module.graft_slots[parameter]
 
@@ -132,6 +139,18 @@ def sites(model: nn.Module) -> Mapping[str, tuple[Adapted, str]]:
     return found
 
 
+def adapter_keys(model: nn.Module) -> dict[str, Site]:
+    """The keys of ``model.state_dict()`` that the plain model does not have, each with its site."""
+    keys: dict[str, Site] = {}
+    factors: dict[int, Site] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for parameter, slot in slots_of(module).items():
+            keys[f"{path}.lora_fused_{parameter}" if path else f"lora_fused_{parameter}"] = slot.site
+            factors |= {id(getattr(module, name)): slot.site for name in slot.names}
+    named = model.named_parameters(remove_duplicate=False)
+    return keys | {name: factors[id(p)] for name, p in named if id(p) in factors}
+
+
 def release(module: nn.Module, parameter: str) -> None:
     """Take a site from a module, if it is one; the plain class returns with the last of them."""
     if parameter in slots_of(module):
@@ -145,9 +164,10 @@ def release(module: nn.Module, parameter: str) -> None:
 def all_or_nothing(model: nn.Module) -> Generator[None]:
     """Attach and release inside the block; after an exception the model is adapted as it was before."""
     before = [
-        (m, parameter, slot, [getattr(m, n) for n in factor_names(parameter)])
+        (m, type(m), parameter, slot, {n: getattr(m, n) for n in (*slot.names, *type(m).graft_children)})
         for m in model.modules()
-        for parameter, slot in slots_of(m).items()
+        if isinstance(m, Adapted)
+        for parameter, slot in m.graft_slots.items()
     ]
     try:
         yield
@@ -155,10 +175,11 @@ def all_or_nothing(model: nn.Module) -> Generator[None]:
         for module in list(model.modules()):
             for parameter in list(slots_of(module)):
                 release(module, parameter)
-        for module, parameter, slot, pair in before:
+        for module, cls, parameter, slot, own in before:
             adapted = become_adapted(module)
-            for name, value in zip(factor_names(parameter), pair, strict=True):
-                adapted.register_parameter(name, value)
+            adapted.__class__ = cast(Any, cls)
+            for name, value in own.items():
+                setattr(adapted, name, value)
             adapted.graft_slots[parameter] = slot
         raise
     finally:

@@ -10,16 +10,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .adapted import slots_of
-from .attach import own_class
+from .attach import adapter_keys, own_class
 from .effective import effective_weight
-from .engines import Engine, engine_of, notice_all
+from .engines import Engine, engine_of, masters, notice_all
 from .engines.megatron_experts import refuse_scattered
 from .engines.wrappers import team_of, together, unwrap
 from .errors import OutputError, StateError
 from .export_write import Make, Planned, write
 from .fusing import Held, held_sites
-from .model import factor_parameters
 
 
 @torch.no_grad()
@@ -77,7 +75,7 @@ def _plan(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Planned]:
     notice_all(model)
     adapted = {id(h.parameter_tensor): h for h in held_sites(model)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    ours = _factor_keys(model)
+    ours = adapter_keys(model)
     ignored = set(cast("list[str]", getattr(model, "_keys_to_ignore_on_save", None) or []))
     plan: dict[str, Planned] = {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -93,7 +91,7 @@ def _plan(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Planned]:
         engine = engine_of(value)
         like = torch.empty(engine.shape(value), dtype=value.dtype, device="meta")
         held = adapted.get(id(value))
-        make = _maker(name, value, engine, held, wanted)
+        make = _maker(name, value, held, wanted)
         plan[name] = Planned(like, wanted, make, _identity(value, engine), value, held)
     return plan
 
@@ -104,31 +102,17 @@ def _identity(value: torch.Tensor, engine: Engine) -> tuple[Any, ...]:
     return (value.data_ptr(), value.device, value.shape, value.stride(), value.dtype)
 
 
-def _maker(name: str, value: torch.Tensor, engine: Engine, held: Held | None, dtype: torch.dtype) -> Make:
+def _maker(name: str, value: torch.Tensor, held: Held | None, dtype: torch.dtype) -> Make:
     if held is not None:
         return lambda: effective_weight(held, dtype)
 
     def make() -> torch.Tensor | None:
-        pieces: list[torch.Tensor] = []
-        error: Exception | None = None
         try:
-            pieces = [part.tensor.to(dtype) for part in engine.parts(value)]
-        except Exception as e:  # the others wait in agree, whatever it is
-            error = StateError(f"{name}: {e}") if isinstance(e, StateError) else e
-        if not engine.agree(error is None):
-            raise error or StateError(f"{name}: another process could not read its part; see its error")
-        return engine.collect(value, pieces)
+            return masters.whole(value, dtype=dtype)
+        except StateError as error:
+            raise StateError(f"{name}: {error}") from None
 
     return make
-
-
-def _factor_keys(model: nn.Module) -> set[str]:
-    ids = {id(p) for p in factor_parameters(model).values()}
-    keys = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in ids}
-    for path, module in model.named_modules(remove_duplicate=False):
-        marks = [f"lora_fused_{parameter}" for parameter in slots_of(module)]
-        keys |= {f"{path}.{name}" if path else name for name in marks}
-    return keys
 
 
 def _without_tied(model: nn.Module, plan: Mapping[str, Planned]) -> dict[str, Planned]:

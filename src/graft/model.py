@@ -13,6 +13,7 @@ from torch import nn
 from .adapted import NO_ADAPTER, Adapted, factors, slots_of
 from .adapter import Adapter, LowRank
 from .adapting import attach_plans, plan_targets
+from .algebra import read_as
 from .attach import all_or_nothing, attach_readers, detach, sites
 from .engines import engine_of, refuse_unequal, shape_of
 from .engines.masters import has_master, thin, whole
@@ -22,7 +23,7 @@ from .errors import Problems, StateError, TargetError
 from .fingerprint import fingerprint
 from .fusing import fuse as fuse_sites
 from .fusing import unfuse
-from .kinds import kind_of
+from .kinds import kind_of, natural_layout, stored_transposed
 from .layout import Layout
 from .options import Init, Options, Position
 from .targets import Inventory, Pattern, Patterns, as_patterns, matches, select
@@ -206,20 +207,22 @@ def adapter_of(model: nn.Module, *, trained: bool = True, masters: bool = False)
     pairs = [factors(module, parameter) for module, parameter in held.values()]
     values = iter(thin([t for f in pairs for t in (f.a, f.b)], masters=masters))
     found = {
-        name: LowRank(
-            next(values).detach(),
-            next(values).detach(),
-            f.scale,
-            f.layout,
-            kind=kind_of(module, parameter),
-            shape=shape_of(getattr(module, parameter)),
-        )
-        for f, (name, (module, parameter)) in zip(pairs, held.items(), strict=True)
+        name: _carried(module, parameter, next(values).detach(), next(values).detach())
+        for name, (module, parameter) in held.items()
     }
     others = trained_parameters(model) if trained else {}
     full = {n: whole(p, masters=masters) for n, p in others.items()}
     replace = {n: t.detach() for n, t in full.items() if t is not None}
     return Adapter(found, replace=replace, format="graft", base=_fingerprints(model))
+
+
+def _carried(module: nn.Module, parameter: str, a: torch.Tensor, b: torch.Tensor) -> LowRank:
+    """One site with these values of its factors, read as its module's class stores the weight."""
+    f, weight, kind = factors(module, parameter), getattr(module, parameter), kind_of(module, parameter)
+    site = LowRank(a, b, f.scale, f.layout, kind=kind, shape=shape_of(weight))
+    if stored_transposed(module, parameter) is None:
+        return site
+    return read_as(site, natural_layout(module, parameter, weight))
 
 
 def _fingerprints(model: nn.Module) -> dict[str, str]:

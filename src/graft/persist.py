@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .adapted import Site, factor_names, factors, slots_of
+from .adapted import Site, factors, names_of, slots_of
 from .adapter import Adapter, LowRank
 from .adapting import attach_target
+from .algebra import read_as
 from .attach import all_or_nothing, release, sites
 from .engines import engine_of, shape_of
 from .engines.masters import assign, has_master
@@ -300,6 +301,7 @@ def _check_same(model: nn.Module, adapter: Adapter) -> None:
             continue
         module, parameter = ours[name]
         f, site = factors(module, parameter), module.graft_slots[parameter].site
+        theirs = read_as(theirs, f.layout)
         if site.fusion is not None:
             problems.add(f"{name} is fused; call graft.unfuse(model) first")
         elif not _same_layout(f.layout, _layout(theirs)):
@@ -332,10 +334,11 @@ def _holds(factor: torch.Tensor, value: torch.Tensor) -> bool:
 @torch.no_grad()
 def _copy_factors(model: nn.Module, adapter: Adapter) -> None:
     for name, (module, parameter) in sites(model).items():
-        theirs = adapter.sites[name]
-        for factor, value in zip(factor_names(parameter), (theirs.A, theirs.B), strict=True):
+        site = module.graft_slots[parameter].site
+        theirs = read_as(adapter.sites[name], site.layout)
+        for factor, value in zip(names_of(module, parameter), (theirs.A, theirs.B), strict=True):
             assign(getattr(module, factor), value)
-        module.graft_slots[parameter].site.scale = theirs.scale
+        site.scale = theirs.scale
 
 
 @torch.no_grad()

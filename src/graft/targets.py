@@ -23,7 +23,7 @@ from typing import Any, TypeAlias, cast
 
 from torch import nn
 
-from .adapted import factor_names, slots_of
+from .adapted import slots_of
 from .engines import notice, shape_of
 from .engines.megatron_experts import packs_experts
 from .engines.megatron_modules import role_of
@@ -79,8 +79,8 @@ class Inventory:
         self._factors = {
             id(getattr(module, factor))
             for module in model.modules()
-            for parameter in slots_of(module)
-            for factor in factor_names(parameter)
+            for slot in slots_of(module).values()
+            for factor in slot.names
         }
         for path, module in model.named_modules(remove_duplicate=False):
             own = adaptable(module)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .adapted import factor_names, factors
+from .adapted import factors, names_of
 from .attach import plain_classes
 from .effective import whole_weight
 from .engines.wrappers import is_spread, team_of, unwrap
@@ -135,7 +135,7 @@ def _probing(held: Iterable[Held]) -> Generator[None]:
             f = factors(h.module, h.parameter)
             if not h.site.live or f.scale == 0.0:
                 continue
-            for name in factor_names(h.parameter):
+            for name in names_of(h.module, h.parameter):
                 p = cast(nn.Parameter, getattr(h.module, name))
                 own.append((p, p.data))
                 p.data = torch.randn(p.shape, device=p.device).to(p.dtype)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from ..errors import StateError
 from . import engine_of
 
 
@@ -70,9 +71,25 @@ def thin(parameters: Sequence[torch.Tensor], *, masters: bool = False) -> list[t
     return [found[n] for n in range(len(parameters))]
 
 
-def whole(parameter: torch.Tensor, *, masters: bool = False) -> torch.Tensor | None:
-    """A parameter in full, on the process that writes (None elsewhere). Collective."""
+def whole(
+    parameter: torch.Tensor, *, masters: bool = False, dtype: torch.dtype | None = None
+) -> torch.Tensor | None:
+    """A parameter in full, on the process that writes (None elsewhere). Collective.
+
+    Args:
+        dtype: that of the answer; the parameter's own when None.
+    Raises:
+        StateError: on every process, if one cannot read its part now.
+    """
     if masters and has_master(parameter):
         return master(parameter)
     engine = engine_of(parameter)
-    return engine.collect(parameter, [part.tensor for part in engine.parts(parameter)])
+    pieces: list[torch.Tensor] = []
+    error: Exception | None = None
+    try:
+        pieces = [part.tensor.to(dtype or part.tensor.dtype) for part in engine.parts(parameter)]
+    except Exception as e:  # the others wait in agree, whatever it is
+        error = e
+    if not engine.agree(error is None):
+        raise error or StateError("another process could not read its part; see its error")
+    return engine.collect(parameter, pieces)

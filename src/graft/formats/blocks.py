@@ -56,20 +56,6 @@ def _unmatrixed(site: LowRank, matrix: tuple[int, int], shape: tuple[int, ...]) 
     return _replaced(site, a, b, Layout("o i"))
 
 
-def turned(site: LowRank) -> LowRank:
-    """The same update read the other way round: M is transposed, A and B change places.
-
-    ``i o`` becomes ``o i`` and ``g i o`` becomes ``g o i`` and back; each expert's factors are transposed.
-    """
-    layout = site.layout
-    assert layout is not None
-    other = {"i o": "o i", "o i": "i o", "g i o": "g o i", "g o i": "g i o"}[layout.pattern]
-    n, rank = len(layout.enabled), site.rank
-    a = site.B.reshape(n, -1, rank).transpose(1, 2).reshape(n * rank, -1)
-    b = site.A.reshape(n, rank, -1).transpose(1, 2).reshape(-1, rank)
-    return _replaced(site, a, b, Layout(other, layout.groups, layout.only))
-
-
 def all_experts(site: LowRank) -> LowRank:
     """The same update with every group enabled: zero B for those that were not."""
     layout = site.layout

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ...adapter import Adapter, LowRank
-from ...algebra import folded, padded
+from ...algebra import folded, padded, turned
 from ...layout import Layout
-from ..blocks import all_experts, joined, turned
+from ..blocks import all_experts, joined
 from .parameters import rank_major
 
 _PREFIX = "base_model.model."
