@@ -40,3 +40,40 @@ def refer(model: nn.Module, part: str, rank: int, scaling: float = 1, dropout: f
         assert isinstance(linear, nn.Linear)
         setattr(model.get_submodule(parent), leaf, Reference(linear, rank, scaling, dropout))
     return model
+
+
+class Block(nn.Module):
+    """An attention-like block with a module whose own name contains ``lora``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width, width)
+        self.flora_gate = nn.Linear(width, width, bias=False)
+        self.down_proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + self.down_proj(self.q_proj(x).relu() * self.flora_gate(x)))
+
+
+class Plain(nn.Module):
+    """Embedding, blocks, a head tied to the embedding, and a buffer."""
+
+    def __init__(self, width: int = 12, words: int = 17) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(2))
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("seen", torch.arange(4.0))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def model(dtype: torch.dtype = torch.float32) -> Plain:
+    torch.manual_seed(0)
+    return Plain().to(dtype)

@@ -18,50 +18,13 @@ from torch import nn
 import graft
 from graft.compat import deepspeed_chat as dschat
 from graft.compat.deepspeed_chat import LinearLayer_LoRA
-from tests.compat.dschat_reference import Reference, refer
+from tests.compat.dschat_reference import Plain, Reference, model, refer
 from tests.laws.exact import fused
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-class Block(nn.Module):
-    """An attention-like block with a module whose own name contains ``lora``."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(width, width)
-        self.flora_gate = nn.Linear(width, width, bias=False)
-        self.down_proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x + self.down_proj(self.q_proj(x).relu() * self.flora_gate(x)))
-
-
-class Model(nn.Module):
-    """Embedding, blocks, a head tied to the embedding, and a buffer."""
-
-    def __init__(self, width: int = 12, words: int = 17) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(words, width)
-        self.layers = nn.ModuleList(Block(width) for _ in range(2))
-        self.head = nn.Linear(width, words, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("seen", torch.arange(4.0))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
-
-
-def model(dtype: torch.dtype = torch.float32) -> Model:
-    torch.manual_seed(0)
-    return Model().to(dtype)
-
-
-def converted(dtype: torch.dtype = torch.float32, part: str = "layers.", **kwargs: Any) -> Model:
+def converted(dtype: torch.dtype = torch.float32, part: str = "layers.", **kwargs: Any) -> Plain:
     """A converted model whose factors are no longer zero."""
     m = dschat.convert_linear_layer_to_lora(model(dtype), part, **{"lora_dim": 3, **kwargs})
     torch.manual_seed(5)
@@ -289,7 +252,7 @@ def test_a_part_of_the_name_chooses() -> None:
     assert [layer.lora_right_weight.shape[1] for layer in loras(m)] == [5, 2, 2, 2]
 
 
-def _parametrised(m: Model) -> None:
+def _parametrised(m: Plain) -> None:
     nn.utils.parametrizations.weight_norm(m.layers[0].q_proj)
 
 
@@ -298,11 +261,11 @@ class _Loud(nn.Linear):
         return super().forward(input) * 2
 
 
-def _own_forward(m: Model) -> None:
+def _own_forward(m: Plain) -> None:
     m.layers[0].q_proj = _Loud(12, 12)
 
 
-def _adapted(m: Model) -> None:
+def _adapted(m: Plain) -> None:
     graft.adapt(m, ["0.q_proj"], quiet=True)
 
 

@@ -12,8 +12,7 @@ What is different:
   and subtract in the weight's dtype and drift. Training while fused, and unfusing after the factors or the
   fused weight changed, are errors.
 * **Under ZeRO-3** each process edits its own slice, and A and B alone are gathered. The originals gather
-  every weight, and fuse a temporary copy where a forward left one alive. ``fuse_lora_weight`` may not be
-  called inside ``GatheredParameters``.
+  every weight, and fuse a temporary copy where a forward left one alive.
 * **Choosing**: a ``part_module_name`` that matches nothing, a tied weight, a linear with a forward of its own
   and an unknown name in ``force_optimize_params`` are errors; the originals pass over them. The linear inside
   a ``MultiheadAttention`` trains; the originals' factors get no gradient there.
@@ -22,7 +21,9 @@ What is different:
   assigned.
 * **Files**: the module tells what is LoRA, not ``"lora"`` in a key, so ``flora_gate`` stays. Factors are left
   out where the weight holds ΔW, and kept where it does not. ``save_zero_three_model`` writes buffers and tied
-  weights too. No tensor is empty, and no file is half-written.
+  weights too. No tensor is empty, and no file is half-written: under ZeRO-3 ``save_hf_format``, which one
+  process calls, leaves ``pytorch_model.bin`` to ``save_zero_three_model``. ``train_args.pt`` holds as text
+  what ``torch.load(weights_only=True)`` would not take back.
 * **A state dict taken while fused** has one key more for each layer, ``lora_fused_weight``; loading it is an
   error.
 * ``make_model_gradient_checkpointing_compatible`` looks inside a model too (a reward model), and warns where
