@@ -419,3 +419,8 @@ def test_the_adapter_is_a_plain_lora(tmp_path: Any) -> None:
     assert bits(again) == bits(m)
     names = list(graft.state_dict(m))
     assert names[:2] == ["layers.0.q_proj.lora_left_weight", "layers.0.q_proj.lora_right_weight"]
+
+
+def test_factors_are_no_targets() -> None:
+    with pytest.raises(graft.TargetError, match="matches nothing"):
+        graft.adapt(converted(), "*.lora_right_weight", quiet=True)
