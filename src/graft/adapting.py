@@ -9,9 +9,10 @@ from torch import nn
 
 from .adapted import Site, slots_of
 from .attach import attach, release
-from .engines import engine_of, shape_of
+from .engines import Engine, engine_of, shape_of
 from .engines.megatron import share
 from .engines.megatron_modules import copied_embedding
+from .engines.plain import ENGINE as PLAIN
 from .errors import Problems, TargetError
 from .kinds import kind_of, natural_layout, read_always
 from .layout import Layout
@@ -32,7 +33,8 @@ class Plan:
         return f"{self.target.name} {self.options} {self.layout}"
 
 
-def attach_plans(model: nn.Module, plans: Iterable[Plan], experts: Experts) -> None:
+def attach_plans(model: nn.Module, plans: Iterable[Plan], experts: Experts, whole: Engine = PLAIN) -> None:
+    """New factors for every plan, shared where its options say so; ``whole`` as for :func:`place`."""
     pairs: dict[Hashable, tuple[nn.Parameter, nn.Parameter]] = {}
     for plan in plans:
         target, site = plan.target, Site(plan.options, plan.layout, plan.options.scale)
@@ -40,12 +42,12 @@ def attach_plans(model: nn.Module, plans: Iterable[Plan], experts: Experts) -> N
             release(h.module, h.parameter)
         key, expert = sharing(target, plan.options, experts), expert_of(target, experts)
         if key is None:
-            attach_target(model, target, site)
+            attach_target(model, target, site, whole=whole)
         elif key in pairs:
             attach_pair(model, target, site, pairs[key])
         else:
             assert expert is not None
-            pairs[key] = place(target, site)
+            pairs[key] = place(target, site, whole=whole)
             share(pairs[key], expert.group)
             attach_pair(model, target, site, pairs[key])
 
@@ -56,24 +58,33 @@ def attach_target(
     site: Site,
     pair: tuple[nn.Parameter, nn.Parameter] | None = None,
     names: tuple[str, str] | None = None,
+    whole: Engine = PLAIN,
 ) -> None:
     """Give every module that holds a weight the same site and the same factors.
 
     Args:
-        pair: A and B; new ones when None.
+        pair, whole: as for :func:`place`.
         names: what the modules call them; see :func:`graft.attach.attach`.
     """
-    attach_pair(model, target, site, place(target, site, pair), names)
+    attach_pair(model, target, site, place(target, site, pair, whole), names)
 
 
 def place(
-    target: Target, site: Site, pair: tuple[nn.Parameter, nn.Parameter] | None = None
+    target: Target,
+    site: Site,
+    pair: tuple[nn.Parameter, nn.Parameter] | None = None,
+    whole: Engine = PLAIN,
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """Whole factors (new ones without ``pair``) as the weight's engine keeps them. Collective."""
+    """Whole factors (new ones without ``pair``) as the weight's engine keeps them. Collective.
+
+    Args:
+        whole: the engine of weights that are not spread (:func:`graft.engines.wrappers.beside`).
+    """
     first = target.holders[0]
     embedding = kind_of(first.module, first.parameter) == "embedding"
     made = pair or new_factors(target.weight, site.layout, site.options, embedding=embedding)
-    placed = engine_of(target.weight).place(target.weight, site.layout, *made)
+    engine = engine_of(target.weight)
+    placed = (whole if engine.name == "plain" else engine).place(target.weight, site.layout, *made)
     a, b = (f if isinstance(f, nn.Parameter) else nn.Parameter(f) for f in placed)
     return a, b
 

@@ -8,6 +8,7 @@ import torch
 
 from .delta import Delta
 from .engines import Part
+from .engines.world import known
 from .errors import StateError
 from .fusing import Held, deltas, pieces
 
@@ -63,7 +64,7 @@ def effective_weight(h: Held, dtype: torch.dtype | None = None) -> torch.Tensor 
     except Exception as e:  # the others wait in agree, whatever it is
         error = e
     if not h.engine.agree(error is None):
-        raise error or StateError(f"{h.name}: another process could not make its part; see its error")
+        raise known(error or StateError(f"{h.name}: another process could not make its part; see its error"))
     return h.engine.collect(h.parameter_tensor, outs)
 
 

@@ -14,10 +14,11 @@ from .attach import adapter_keys, own_class
 from .effective import effective_weight
 from .engines import Engine, engine_of, masters, notice_all
 from .engines.megatron_experts import refuse_scattered
+from .engines.world import is_known, known
 from .engines.wrappers import team_of, together, unwrap
 from .errors import OutputError, StateError
 from .export_write import Make, Planned, write
-from .fusing import Held, held_sites
+from .fusing import Held, held_sites, refuse_changed
 
 
 @torch.no_grad()
@@ -50,11 +51,11 @@ def export(
         force: replace an existing model directory.
         gather: let the weights travel although all processes see the directory. The bytes are the same.
     Raises:
-        StateError: the model has no adapter, or a sum overflows the dtype; Megatron's pipeline stages, or
-            experts under its expert parallelism.
+        StateError: the model has no adapter, A or B changed while fused, or a sum overflows the dtype;
+            Megatron's pipeline stages, or experts under its expert parallelism.
         OutputError: the path exists or cannot be written; nothing is left behind.
     """
-    team, model, out = team_of(model), unwrap(model), Path(path)
+    team, wrapped, model, out = team_of(model), model, unwrap(model), Path(path)
 
     def finish(folder: Path) -> None:
         if tokenizer is not None:
@@ -64,6 +65,8 @@ def export(
     with together(team) as work:
         if getattr(model, "hf_quantizer", None) is not None:
             raise StateError("the model is quantised; load the base unquantised to export W + ΔW")
+        # of replicas one is written, so all must be equal; of a fused site W is, so it must hold this ΔW
+        refuse_changed([h for h in held_sites(wrapped) if h.site.fusion is not None])
         tensors = _convert(model, _without_tied(model, _plan(model, dtype)), team.is_writer())
         write(work, out, tensors, finish, max_shard_size=max_shard_size, force=force, gather=gather)
     return out
@@ -110,7 +113,8 @@ def _maker(name: str, value: torch.Tensor, held: Held | None, dtype: torch.dtype
         try:
             return masters.whole(value, dtype=dtype)
         except StateError as error:
-            raise StateError(f"{name}: {error}") from None
+            renamed = StateError(f"{name}: {error}")
+            raise known(renamed) if is_known(error) else renamed from None
 
     return make
 

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from . import undo as exact
-from .adapted import NO_ADAPTER, Adapted, Site, factors
+from .adapted import NO_ADAPTER, Adapted, Site, factors, names_of, slots_of
 from .attach import sites
 from .checksum import checksum
 from .delta import Delta
 from .engines import Aligned, Engine, Part, cut, engine_of, here, refuse_unequal, settle, shape_of
 from .engines.masters import has_master
-from .engines.wrappers import team_of, unwrap
+from .engines.world import known
+from .engines.wrappers import beside, team_of, together, unwrap
 from .errors import Problems, StateError, TargetError
 from .factors import Factors
 from .targets import Inventory, Patterns, as_patterns
@@ -26,11 +27,16 @@ from .targets import Inventory, Patterns, as_patterns
 
 @dataclass(frozen=True)
 class Held:
-    """One site with the module and parameter that hold it."""
+    """One site with the module and parameter that hold it.
+
+    Args:
+        whole: the engine, if every process of a team has this weight in full.
+    """
 
     name: str
     module: Adapted
     parameter: str
+    whole: Engine
 
     @property
     def site(self) -> Site:
@@ -46,7 +52,8 @@ class Held:
 
     @property
     def engine(self) -> Engine:
-        return engine_of(self.parameter_tensor)
+        engine = engine_of(self.parameter_tensor)
+        return self.whole if engine.name == "plain" else engine
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,20 +62,46 @@ class Held:
 
 
 def held_sites(model: nn.Module, targets: Patterns | None = None) -> list[Held]:
-    """The sites of a model, or those that ``targets`` name.
+    """The sites of a model, or those that ``targets`` name. Collective.
 
     Raises:
-        StateError: the model has no site.
+        StateError: the model has no site; a tied weight that came apart; processes that differ.
         TargetError: a pattern that matches none.
     """
     team, model = team_of(model), unwrap(model)
-    held = [Held(name, module, parameter) for name, (module, parameter) in sites(model).items()]
+    held: list[Held] = []
+    chosen: list[Held] = []
+    error: Exception | None = None
+    try:
+        held = _all_held(model, beside(team))
+        chosen = held if targets is None else _named(model, held, targets)
+    except Exception as e:  # the others ask whether all adapters are alike, whatever it is
+        error = e
+    named = {id(h) for h in chosen}
+    refuse_unequal(team, (f"{_form(h)} {id(h) in named}" for h in held), error)
+    return chosen
+
+
+def _all_held(model: nn.Module, whole: Engine) -> list[Held]:
+    held = [Held(name, module, parameter, whole) for name, (module, parameter) in sites(model).items()]
     if not held:
         raise StateError(NO_ADAPTER)
-    copies = team.name == "replicas"
-    refuse_unequal((team if copies else h.engine, _form(h, copies)) for h in held)
-    if targets is None:
-        return held
+    first = {id(h.site): h for h in held}
+    problems = Problems(StateError, "one adapter of a tied weight has come apart:")
+    for path, module in model.named_modules():
+        for parameter, slot in slots_of(module).items():
+            h = first[id(slot.site)]
+            names, own = (parameter, *slot.names), (h.parameter, *names_of(h.module, h.parameter))
+            if any(getattr(module, x) is not getattr(h.module, y) for x, y in zip(names, own, strict=True)):
+                problems.add(f"{path}.{parameter} and {h.name} were one weight when they were adapted")
+    problems.raise_if_any(
+        "parallelize_module and load_state_dict(assign=True) make two of them. Adapt the model after that, "
+        "or let the second module have the first one's weight, lora_A and lora_B again"
+    )
+    return held
+
+
+def _named(model: nn.Module, held: Sequence[Held], targets: Patterns) -> list[Held]:
     inventory = Inventory(model)
     problems = Problems(TargetError, "cannot choose the sites:")
     wanted: set[int] = set()
@@ -84,11 +117,13 @@ def held_sites(model: nn.Module, targets: Patterns | None = None) -> list[Held]:
     return [h for h in held if id(getattr(h.module, h.parameter)) in wanted]
 
 
-def _form(h: Held, values: bool) -> str:
+def _form(h: Held) -> str:
+    """The site in words; with its numbers, where they must be the same on every process."""
     f, site = factors(h.module, h.parameter), h.site
     fused = site.fusion is not None
     form = f"{h.name} {h.shape} {shape_of(f.a)} {shape_of(f.b)} {f.scale} {f.layout} {fused} {site.disabled}"
-    return f"{form} {checksum(f.a.detach())} {checksum(f.b.detach())}" if values else form
+    copies = h.engine.name == "replicas"
+    return f"{form} {checksum(f.a.detach())} {checksum(f.b.detach())}" if copies else form
 
 
 def fuse(model: nn.Module, targets: Patterns | None = None) -> int:
@@ -101,11 +136,12 @@ def fuse(model: nn.Module, targets: Patterns | None = None) -> int:
         StateError: A, B or scale changed since a weight was fused; the sum overflows the weight's dtype;
             a site is disabled; a weight that is sharded, on the meta device or quantised.
     """
-    held = held_sites(model, targets)
-    _refuse_changed([h for h in held if h.site.fusion is not None])
-    todo = [h for h in held if h.site.fusion is None]
-    _refuse_unfit(todo)
-    _fuse_all(todo)
+    with together(team_of(model)):
+        held = held_sites(model, targets)
+        refuse_changed([h for h in held if h.site.fusion is not None])
+        todo = [h for h in held if h.site.fusion is None]
+        _refuse_unfit(todo)
+        _fuse_all(todo)
     return len(todo)
 
 
@@ -115,9 +151,10 @@ def unfuse(model: nn.Module, targets: Patterns | None = None) -> int:
     Raises:
         StateError: A, B, scale or the fused weight itself were changed since fuse; nothing is written.
     """
-    todo = [h for h in held_sites(model, targets) if h.site.fusion is not None]
-    _refuse_changed(todo)
-    _unfuse_all(todo)
+    with together(team_of(model)):
+        todo = [h for h in held_sites(model, targets) if h.site.fusion is not None]
+        refuse_changed(todo)
+        _unfuse_all(todo)
     return len(todo)
 
 
@@ -131,7 +168,7 @@ def fused(model: nn.Module, targets: Patterns | None = None) -> Generator[None]:
     finally:
         settle(unwrap(model))  # forwards inside the block may have left full copies
         todo = [h for h in before if h.site.fusion is not None]
-        _refuse_changed(todo)
+        refuse_changed(todo)
         _unfuse_all(todo)
 
 
@@ -141,7 +178,7 @@ def disabled(model: nn.Module, targets: Patterns | None = None) -> Generator[Non
     held = held_sites(model, targets)
     was_fused = [h for h in held if h.site.fusion is not None]
     was_disabled = [h.site.disabled for h in held]
-    _refuse_changed(was_fused)
+    refuse_changed(was_fused)
     _unfuse_all(was_fused)
     for h in held:
         h.site.disabled = True
@@ -262,7 +299,9 @@ def _all_or_none(todo: Sequence[Held], do: _Do, back: _Do) -> None:
         for h, delta in deltas(todo):
             if id(h) in done:
                 back(h, delta)
-        raise error or StateError("another process could not do this, so it was undone here; see its error")
+        raise known(
+            error or StateError("another process could not do this, so it was undone here; see its error")
+        )
 
 
 def _agree(held: Sequence[Held], ok: bool) -> bool:
@@ -272,7 +311,12 @@ def _agree(held: Sequence[Held], ok: bool) -> bool:
     return all(answers)
 
 
-def _refuse_changed(held: Sequence[Held]) -> None:
+def refuse_changed(held: Sequence[Held]) -> None:
+    """Refuse fused sites whose factors are not those that they were fused with. Collective.
+
+    Raises:
+        StateError: on every process.
+    """
     problems = Problems(StateError, "the adapter changed while it was fused:")
     for h, delta in deltas(held):
         assert h.site.fusion is not None
@@ -280,11 +324,11 @@ def _refuse_changed(held: Sequence[Held]) -> None:
             if exact.fingerprint(local) != kept.factors:
                 problems.add(f"{h.name}: A, B or the scale is another than at fuse")
                 break
-    if held and not _agree(held, not problems):
-        problems = problems or _elsewhere()
-    problems.raise_if_any(
+    _refuse_together(
+        held,
+        problems,
         "Subtracting another ΔW than was added would not give the base back: put the old values back and "
-        "unfuse, or load the base again"
+        "unfuse, or load the base again",
     )
 
 
@@ -309,9 +353,18 @@ def _refuse_unfit(held: Sequence[Held]) -> None:
             "a factor that several processes hold alike has other values on another process; "
             "load or adapt on all of them alike"
         )
-    if held and not _agree(held, not problems):
-        problems = problems or _elsewhere()
-    problems.raise_if_any()
+    _refuse_together(held, problems)
+
+
+def _refuse_together(held: Sequence[Held], problems: Problems, mend: str = "") -> None:
+    """Raise the problems on the processes that have them, and an error on all others."""
+    if not held or _agree(held, not problems):
+        return
+    try:
+        (problems or _elsewhere()).raise_if_any(mend)
+    except StateError as error:
+        known(error)
+        raise
 
 
 def _alike(held: Sequence[Held]) -> bool:

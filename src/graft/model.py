@@ -10,23 +10,24 @@ from typing import Literal, cast, get_args
 import torch
 from torch import nn
 
-from .adapted import NO_ADAPTER, Adapted, factors, slots_of
+from .adapted import Adapted, factors, slots_of
 from .adapter import Adapter, LowRank
-from .adapting import attach_plans, plan_targets
+from .adapting import Plan, attach_plans, plan_targets
 from .algebra import read_as
 from .attach import all_or_nothing, attach_readers, detach, sites
+from .checksum import checksum
 from .engines import engine_of, refuse_unequal, shape_of
 from .engines.masters import has_master, thin, whole
 from .engines.megatron_experts import experts_of
-from .engines.wrappers import is_wrapped, unwrap
+from .engines.wrappers import beside, is_wrapped, team_of, unwrap
 from .errors import Problems, StateError, TargetError
 from .fingerprint import fingerprint
 from .fusing import fuse as fuse_sites
-from .fusing import unfuse
+from .fusing import held_sites, unfuse
 from .kinds import kind_of, natural_layout, stored_transposed
 from .layout import Layout
 from .options import Init, Options, Position
-from .targets import Inventory, Pattern, Patterns, as_patterns, matches, select
+from .targets import Inventory, Pattern, Patterns, Target, as_patterns, matches, select
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -91,15 +92,23 @@ def adapt(
             "the model is in a training engine already, whose optimizer would not know the new factors; call "
             "graft.adapt before deepspeed.initialize and before DistributedDataParallel"
         )
-    options = Options(rank, alpha, rslora, dropout, dropout_position, init, dtype, layout, init_b,
-                      normalize_experts, share_experts, all_to_all)  # fmt: skip
-    chosen, excluded = select(model, targets, exclude)
+    chosen: list[Target] = []
+    excluded: list[str] = []
+    plans: list[Plan] = []
     experts = experts_of(model)
-    plans = plan_targets(chosen, options, replace, experts)
-    _check_freeze(model, bias, train)
-    refuse_unequal((engine_of(p.target.weight), str(p)) for p in plans)
+    error: Exception | None = None
+    try:
+        options = Options(rank, alpha, rslora, dropout, dropout_position, init, dtype, layout, init_b,
+                          normalize_experts, share_experts, all_to_all)  # fmt: skip
+        chosen, excluded = select(model, targets, exclude)
+        plans = plan_targets(chosen, options, replace, experts)
+        _check_freeze(model, bias, train)
+    except Exception as e:  # the others ask whether all adapters are alike, whatever it is
+        error = e
+    team = team_of(model)
+    refuse_unequal(team, map(str, plans), error)
     with all_or_nothing(model):
-        attach_plans(model, plans, experts)
+        attach_plans(model, plans, experts, beside(team))
     freeze(model, bias=bias, train=train)
     tied = [[h.name for h in t.holders] for t in chosen if len(t.holders) > 1]
     report = report_of(model, [t.name for t in chosen], excluded, tied)
@@ -117,14 +126,12 @@ def unadapt(model: nn.Module, targets: Patterns | None = None, *, keep_fused: bo
     Raises:
         StateError: nothing is adapted, or :func:`unfuse` refuses.
     """
-    from .fusing import held_sites
-
-    model = unwrap(model)
     held = held_sites(model, targets)
     if keep_fused:
         fuse_sites(model, targets)
     else:
         unfuse(model, targets)
+    model = unwrap(model)
     weights = {id(getattr(h.module, h.parameter)) for h in held}
     for module in list(model.modules()):
         for parameter in list(slots_of(module)):
@@ -175,9 +182,11 @@ def state_dict(model: nn.Module, *, trained: bool = False) -> dict[str, torch.Te
     ``model.load_state_dict(…, strict=False)`` takes it back. Where parameters are sharded tensors so are
     these. Under ZeRO-3, whose own tensors are empty, they are gathered, on every process: collective.
     """
-    model = unwrap(model)
-    found = factor_parameters(model) | (trained_parameters(model) if trained else {})
+    inner = unwrap(model)
+    found = factor_parameters(inner) | (trained_parameters(inner) if trained else {})
     empty = [name for name, p in found.items() if engine_of(p).name == "zero3"]
+    if empty:
+        held_sites(model)
     values = dict(zip(empty, thin([found[name] for name in empty]), strict=True))
     return {name: values.get(name, p.detach()) for name, p in found.items()}
 
@@ -200,10 +209,9 @@ def adapter_of(model: nn.Module, *, trained: bool = True, masters: bool = False)
     Raises:
         StateError: the model has no adapter.
     """
-    model = unwrap(model)
+    held_sites(model)
+    team, model = team_of(model), unwrap(model)
     held = sites(model)
-    if not held:
-        raise StateError(NO_ADAPTER)
     pairs = [factors(module, parameter) for module, parameter in held.values()]
     values = iter(thin([t for f in pairs for t in (f.a, f.b)], masters=masters))
     found = {
@@ -211,6 +219,8 @@ def adapter_of(model: nn.Module, *, trained: bool = True, masters: bool = False)
         for name, (module, parameter) in held.items()
     }
     others = trained_parameters(model) if trained else {}
+    copies = team.name == "replicas"
+    refuse_unequal(team, (f"{n} {checksum(p.detach()) if copies else ''}" for n, p in others.items()))
     full = {n: whole(p, masters=masters) for n, p in others.items()}
     replace = {n: t.detach() for n, t in full.items() if t is not None}
     return Adapter(found, replace=replace, format="graft", base=_fingerprints(model))

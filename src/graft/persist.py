@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +15,11 @@ from .adapter import Adapter, LowRank
 from .adapting import attach_target
 from .algebra import read_as
 from .attach import all_or_nothing, release, sites
-from .engines import engine_of, shape_of
+from .checksum import checksum
+from .engines import Engine, engine_of, refuse_unequal, shape_of
 from .engines.masters import assign, has_master
 from .engines.megatron_experts import experts_of, refuse_scattered
-from .engines.wrappers import is_wrapped, team_of, together, unwrap
+from .engines.wrappers import beside, is_alone, is_wrapped, team_of, together, unwrap
 from .errors import BaseMismatchError, FormatError, GraftError, Problems, StateError
 from .fingerprint import check
 from .kinds import stored_transposed
@@ -67,7 +68,7 @@ def save(
         among = any(id(holder) in experts for holder, _ in sites(module).values())
         refuse_scattered(module, "graft.save", experts=among)
         notes = _say_which(model, module, masters) + _say_shared(module)
-        adapter = adapter_of(module, trained=trained, masters=masters)
+        adapter = adapter_of(model, trained=trained, masters=masters)
         if team.is_writer():
             notes += write(
                 adapter,
@@ -124,7 +125,8 @@ def load(
     A model without adapter gets the file's sites, ranks and scales and is frozen but for them. An adapted
     model takes the values into its own factors, which must have the file's sites, ranks and layouts
     (``replace=True`` puts the file's adapter in the place of any other). Full tensors of the file
-    (``modules_to_save``, biases) and trained rows are copied into the model's parameters.
+    (``modules_to_save``, biases) and trained rows are copied into the model's parameters. Given an engine or
+    a model that is spread over processes, every process calls this, and if one fails, all raise.
 
     Args:
         format, alpha: as for ``graft fuse``: the format's name, and alpha where files do not carry it.
@@ -134,35 +136,29 @@ def load(
         FormatError: not an adapter, or one that cannot be run in memory (DoRA, lora_bias).
         BaseMismatchError: an adapter for another base or other sites; nothing was changed.
         StateError: a model in a training engine, whose optimizer would not know new factors; Megatron's
-            pipeline stages, or adapted experts under its expert parallelism.
+            pipeline stages, or adapted experts under its expert parallelism; processes that read
+            different files.
     """
-    from .bind import bind
-    from .formats import read
-
-    model = unwrap(model)
-    about = _about(model)
-    adapter = read(Path(path), format=format, alpha=alpha, model=about)
-    among = any("local_experts" in name.split(".") for name in adapter.sites)
-    refuse_scattered(model, "graft.load", experts=among)
-    inventory = Inventory(model)
-    bound = bind(
-        adapter,
-        {n: shape_of(t) for n, t in _stored(model).items()},
-        config=about,
-        transposed=_teller(inventory),
-    )
-    _refuse_unrunnable(bound)
-    if not other_base:
-        check(bound.base, _present(model))
-    _check_full(model, bound)
-    fresh = not sites(model)
-    _refuse_late(model, bound, fresh or replace)
-    if fresh or replace:
-        _attach(model, inventory, bound, dropout)
-    else:
-        _check_same(model, bound)
-        _copy_factors(model, bound)
-    _copy_full(model, bound)
+    team, wrapped, model = team_of(model), is_wrapped(model), unwrap(model)
+    with together(team):
+        fresh = not sites(model)
+        bound: Adapter | None = None
+        error: Exception | None = None
+        inventory = Inventory(model)
+        try:
+            bound = _read(model, inventory, Path(path), format, alpha, other_base)
+            _refuse_late(model, bound, fresh or replace, wrapped)
+            if not (fresh or replace):
+                _check_same(model, bound)
+        except Exception as e:  # the others ask whether all read the same, whatever it is
+            error = e
+        refuse_unequal(team, () if bound is None or is_alone(team) else _in_words(bound), error)
+        assert bound is not None
+        if fresh or replace:
+            _attach(model, inventory, bound, dropout, beside(team))
+        else:
+            _copy_factors(model, bound)
+        _copy_full(model, bound)
     if fresh:
         freeze(model)
         for parameter in (p for n, p in model.named_parameters() if n in bound.replace):
@@ -173,22 +169,61 @@ def load(
     return report
 
 
+def _read(
+    model: nn.Module,
+    inventory: Inventory,
+    path: Path,
+    format: str | None,
+    alpha: float | None,
+    other_base: bool,
+) -> Adapter:
+    """The file's adapter, fitted to the model and found to belong to it."""
+    from .bind import bind
+    from .formats import read
+
+    about = _about(model)
+    adapter = read(path, format=format, alpha=alpha, model=about)
+    among = any("local_experts" in name.split(".") for name in adapter.sites)
+    refuse_scattered(model, "graft.load", experts=among)
+    bound = bind(
+        adapter,
+        {n: shape_of(t) for n, t in _stored(model).items()},
+        config=about,
+        transposed=_teller(inventory),
+    )
+    _refuse_unrunnable(bound)
+    if not other_base:
+        check(bound.base, _present(model))
+    _check_full(model, bound)
+    return bound
+
+
+def _in_words(adapter: Adapter) -> Iterator[str]:
+    """The adapter's form and numbers, to be compared with what other processes read."""
+    for name, site in adapter.sites.items():
+        yield f"{name} {site.scale} {site.layout} {site.A.shape} {checksum(site.A)} {checksum(site.B)}"
+    for name, tensor in adapter.replace.items():
+        yield f"{name} {checksum(tensor)}"
+    for name, (indices, tensor) in adapter.rows.items():
+        yield f"{name} {list(indices)} {checksum(tensor)}"
+
+
 def _about(model: nn.Module) -> Mapping[str, object] | None:
     """The model's ``config.json``, if it is one of transformers'."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
     return cast("Mapping[str, object]", to_dict()) if callable(to_dict) else None
 
 
-def _refuse_late(model: nn.Module, adapter: Adapter, makes_factors: bool) -> None:
+def _refuse_late(model: nn.Module, adapter: Adapter, makes_factors: bool, wrapped: bool) -> None:
     """What an engine's optimizer, or a spread parameter, would not take.
 
     Raises:
         StateError: new factors in an engine, or rows of a spread parameter.
     """
-    if makes_factors and any(has_master(p) for p in model.parameters()):
+    if makes_factors and (wrapped or any(has_master(p) for p in model.parameters())):
         raise StateError(
-            "the model is in a DeepSpeed engine already, whose optimizer would not know new factors; call "
-            "graft.load before deepspeed.initialize"
+            "the model is in a training engine already, whose optimizer would not know new factors; call "
+            "graft.load before deepspeed.initialize and before DistributedDataParallel"
         )
     stored = _stored(model)
     for name in adapter.rows:
@@ -252,7 +287,7 @@ def _check_full(model: nn.Module, adapter: Adapter) -> None:
     problems.raise_if_any("Resize the model first (model.resize_token_embeddings(n) for a vocabulary)")
 
 
-def _attach(model: nn.Module, inventory: Inventory, adapter: Adapter, dropout: float) -> None:
+def _attach(model: nn.Module, inventory: Inventory, adapter: Adapter, dropout: float, whole: Engine) -> None:
     """The file's sites in the place of whatever the model had; as it was if one cannot be made."""
     from .fusing import unfuse
 
@@ -267,9 +302,8 @@ def _attach(model: nn.Module, inventory: Inventory, adapter: Adapter, dropout: f
             alpha = site.scale * site.rank
             options = Options(site.rank, alpha, dropout=dropout, layout=site.layout)
             try:
-                attach_target(
-                    model, target, Site(options, _layout(site), site.scale), _pair(site, target.weight)
-                )
+                pair = _pair(site, target.weight)
+                attach_target(model, target, Site(options, _layout(site), site.scale), pair, whole=whole)
             except GraftError as error:
                 raise type(error)(f"{name}: {error}") from None
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from ..errors import StateError
 from .protocol import Aligned, Engine, Part, cut
+from .world import known
 
 __all__ = [
     "Aligned",
@@ -70,23 +71,27 @@ def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
     return engine_of(parameter).shape(parameter)
 
 
-def refuse_unequal(adapters: Iterable[tuple[Engine, str]]) -> None:
+def refuse_unequal(team: Engine, forms: Iterable[str], error: Exception | None = None) -> None:
     """Processes whose adapters differ would wait for each other's factors forever. Collective.
 
     Args:
-        adapters: the engine of each adapted weight, and its adapter in words.
+        team: the processes that work on the model.
+        forms: the adapters of this process in words.
+        error: what went wrong here before; it is raised when the others know.
     Raises:
-        StateError: on every process that shares a weight, if their words are not the same.
+        StateError: on every process, if their words are not the same or one has an error.
     """
-    words: dict[str, tuple[Engine, list[str]]] = {}
-    for engine, form in adapters:
-        words.setdefault(engine.name, (engine, []))[1].append(form)
-    for _, (engine, forms) in sorted(words.items()):
-        if not engine.same("\n".join(forms)):
-            raise StateError(
-                "the processes have different adapters (sites, ranks, scales, layouts, or which are fused): "
-                "adapt, load, fuse and unfuse with the same arguments on every process"
-            )
+    alike = team.same("" if error else "\n".join(forms))
+    # a second question: not every team's processes have to be alike, but all have to know
+    if team.agree(alike and error is None):
+        return
+    raise known(
+        error
+        or StateError(
+            "the processes have different adapters (sites, ranks, scales, layouts, or which are fused): "
+            "adapt, load, fuse and unfuse with the same arguments on every process"
+        )
+    )
 
 
 def notice(name: str, module: Any, parameter: str) -> None:

@@ -2,7 +2,8 @@
 
 At each step the optimizer changes the masters and rounds them into the model's parameters, so an edit of
 a parameter alone is undone, and a parameter alone is less than what was trained. DeepSpeed's own accessors
-are used, and looked up only where a parameter shows that DeepSpeed holds it.
+are used, and looked up only where a parameter shows that DeepSpeed holds it. Under stage 0 (bf16, fp16) a
+parameter shows nothing, so the masters are found in the engine's optimizer.
 """
 
 from __future__ import annotations
@@ -12,14 +13,38 @@ from importlib import import_module
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ..errors import StateError
 from . import engine_of
+from .world import known
+
+_MASTER = "graft_master"
+_STAGE_0 = ("FP16_Optimizer", "FP16_UnfusedOptimizer")
+
+
+def find(engine: nn.Module) -> None:
+    """Remember on each parameter where the optimizer of a stage 0 engine keeps its master.
+
+    ``fp16_groups`` lists the parameters (bf16 too) of each group; the masters are ``fp32_groups`` in the
+    same order, or lie one after another in ``fp32_groups_flat``.
+    """
+    optimizer: Any = getattr(engine, "optimizer", None)
+    if type(optimizer).__name__ not in _STAGE_0:
+        return
+    for n, parameters in enumerate(optimizer.fp16_groups):
+        if hasattr(optimizer, "fp32_groups"):
+            kept = optimizer.fp32_groups[n]
+        else:
+            sizes = [p.numel() for p in parameters]
+            kept = optimizer.fp32_groups_flat[n].detach()[: sum(sizes)].split(sizes)
+        for parameter, own in zip(parameters, kept, strict=True):
+            setattr(parameter, _MASTER, own.detach().view(parameter.shape))
 
 
 def has_master(parameter: torch.Tensor) -> bool:
-    """Whether a DeepSpeed optimizer holds this parameter (stages 1–3, bf16 and fp16 optimizers)."""
-    return _stage3(parameter) or hasattr(parameter, "_hp_mapping")
+    """Whether a DeepSpeed optimizer keeps an fp32 master of this parameter."""
+    return _stage3(parameter) or hasattr(parameter, "_hp_mapping") or hasattr(parameter, _MASTER)
 
 
 def _stage3(parameter: torch.Tensor) -> bool:
@@ -28,6 +53,8 @@ def _stage3(parameter: torch.Tensor) -> bool:
 
 def master(parameter: torch.Tensor) -> torch.Tensor:
     """The fp32 master in full, on every process. Collective."""
+    if (own := getattr(parameter, _MASTER, None)) is not None:
+        return cast(torch.Tensor, own).clone()
     found = import_module("deepspeed.utils").safe_get_full_fp32_param(parameter)
     return cast(torch.Tensor, found).detach().clone()
 
@@ -46,7 +73,9 @@ def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
             part.tensor.copy_(flat[part.start : part.start + part.tensor.numel()])
         else:
             part.tensor.copy_(value[tuple(slice(*span) for span in part.index)])
-    if _stage3(parameter):
+    if (own := getattr(parameter, _MASTER, None)) is not None:
+        own.copy_(value)
+    elif _stage3(parameter):
         size = cast(Any, parameter).ds_tensor.numel()
         mine = torch.zeros(size, dtype=torch.float32)
         (part,) = engine.parts(parameter)
@@ -91,5 +120,5 @@ def whole(
     except Exception as e:  # the others wait in agree, whatever it is
         error = e
     if not engine.agree(error is None):
-        raise error or StateError("another process could not read its part; see its error")
+        raise known(error or StateError("another process could not read its part; see its error"))
     return engine.collect(parameter, pieces)

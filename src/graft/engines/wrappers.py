@@ -9,10 +9,13 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..errors import StateError
-from . import engine_of, world
+from ..layout import Layout
+from . import engine_of, masters, world
 from .plain import Plain
 from .protocol import Engine
 
@@ -32,6 +35,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while names := _names(model) & (_WRAPPERS | _REFUSED.keys()):
         for name in names & _REFUSED.keys():
             raise StateError(f"{type(model).__name__} cannot be worked on: {_REFUSED[name]}")
+        masters.find(model)
         model = cast(nn.Module, cast(Any, model).module)
     return model
 
@@ -49,6 +53,17 @@ class Replicas(world.Team, Plain):
 
     name = "replicas"
 
+    def place(
+        self, weight: torch.Tensor, layout: Layout, a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._first(a), self._first(b)
+
+    def _first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the first process has: each may have drawn other numbers."""
+        value = tensor.detach().to(world.device()).contiguous()
+        dist.broadcast(value, src=0)
+        return value.to(tensor.device)
+
 
 def team_of(model: nn.Module) -> Engine:
     """The processes that work on this model: of its spread parameters, or the replicas of a wrapper.
@@ -62,9 +77,19 @@ def team_of(model: nn.Module) -> Engine:
     return Replicas() if is_wrapped(model) and world.running() else Plain()
 
 
+def is_alone(team: Engine) -> bool:
+    """Whether no other process works on the model."""
+    return team.name == "plain"
+
+
 def is_spread(team: Engine) -> bool:
     """Whether parts of weights must travel, not only whole replicas agree."""
-    return team.name not in ("plain", "replicas")
+    return not is_alone(team) and team.name != "replicas"
+
+
+def beside(team: Engine) -> Engine:
+    """The engine of the team's weights that no engine spreads: every process has them in full."""
+    return Replicas() if team.name in ("replicas", "dtensor") else Plain()
 
 
 class Together:
@@ -72,7 +97,6 @@ class Together:
 
     def __init__(self, team: Engine) -> None:
         self.team = team
-        self._told = False
 
     def step(self) -> None:
         """Go on only if no process has failed. Collective.
@@ -81,14 +105,7 @@ class Together:
             StateError: another process has.
         """
         if not self.team.agree(True):
-            self._told = True
-            raise StateError("another process failed, so this one stopped too; see its error")
-
-    def tell(self) -> None:
-        if not self._told:
-            self._told = True
-            with suppress(Exception):  # a process that died cannot be told; the first error is the news
-                self.team.agree(False)
+            raise world.known(StateError("another process failed, so this one stopped too; see its error"))
 
 
 @contextmanager
@@ -97,7 +114,9 @@ def together(team: Engine) -> Generator[Together]:
     work = Together(team)
     try:
         yield work
-    except BaseException:
-        work.tell()
+    except BaseException as error:
+        if not world.is_known(error):
+            with suppress(Exception):  # a process that died cannot be told; the first error is the news
+                team.agree(False)
         raise
     work.step()
