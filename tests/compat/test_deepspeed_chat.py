@@ -393,7 +393,7 @@ def test_unadapt_gives_plain_linears() -> None:
 def test_a_failed_adapt_leaves_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     m = converted()
     want = m(batch(0))
-    monkeypatch.setattr("graft.model.new_factors", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("graft.adapting.new_factors", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         graft.adapt(m, ["embed"], quiet=True)
     assert len(loras(m)) == 6 and torch.equal(m(batch(0)), want) and bits(m) == bits(converted())

@@ -10,7 +10,7 @@ from ...adapter import Adapter, LowRank
 from ...algebra import folded, padded, turned
 from ...layout import Layout
 from ..blocks import all_experts, joined
-from .parameters import rank_major
+from .dialects import rank_major
 
 _PREFIX = "base_model.model."
 #: parameters that packed-expert modules of transformers declare, in that order

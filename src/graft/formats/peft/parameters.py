@@ -1,24 +1,21 @@
 """PEFT's ``target_parameters``: LoRA on named parameters, mostly packed experts ``[E, …]``.
 
-PEFT stores A as ``[(E r), i]`` with row e·r + k and B as ``[o, (r E)]`` with column k·E + e, and nests one
-wrapper per parameter: the parameter declared last on the module is the outermost.
+PEFT nests one wrapper per parameter: the parameter declared last on the module is the outermost. How the
+factors of one lie is told by :mod:`.dialects`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import permutations
 from typing import TYPE_CHECKING
 
-import torch
-
 from ...adapter import LowRank
+from .dialects import Dialect, dialect_of
 
 if TYPE_CHECKING:
     from .keys import Key
     from .reader import _Reader  # pyright: ignore[reportPrivateUsage]
-
-#: PEFT up to this version never swaps in and out, and reads every 3-D weight as ``[E, in, out]``
-_LAST_UNSWAPPED = (0, 18, 1)
 
 
 def packed(
@@ -57,13 +54,14 @@ def packed(
             )
             continue
         experts = raw_a.shape[0] // ranks.pop()
-        _check_dialect(reader, b, raw_a.shape[0] // experts, experts)
+        dialect = _dialect(reader, b, raw_a.shape, raw_b.shape, experts)
+        factor_a, factor_b = dialect.factors(raw_a, raw_b, experts)
         site = LowRank(
-            raw_a,
-            expert_major(raw_b, experts),
+            factor_a,
+            factor_b,
             settings[leaves[0]][1],
             kind="parameter",
-            fan_in_fan_out=True if _unswapped(reader) and experts > 1 else None,
+            fan_in_fan_out=True if dialect.positional and experts > 1 else None,
             among=tuple((leaf, settings[leaf][1]) for leaf in leaves),
         )
         reader.sites[f"{name}.{leaves[0]}" if len(leaves) == 1 else f"{name}.?{depth}"] = site
@@ -85,31 +83,21 @@ def _fitting(rows: list[int], ranks: dict[str, int]) -> list[list[str]]:
     return [sorted(strict or free) for strict, free in zip(possible, loose, strict=True)]
 
 
-def expert_major(b: torch.Tensor, experts: int) -> torch.Tensor:
-    """PEFT's B ``[o, (r E)]`` as the canonical ``[(E o), r]``."""
-    if experts == 1:
-        return b
-    o = b.shape[0]
-    return b.reshape(o, -1, experts).permute(2, 0, 1).reshape(experts * o, -1)
-
-
-def rank_major(b: torch.Tensor, experts: int) -> torch.Tensor:
-    """The canonical B ``[(E o), r]`` as PEFT's ``[o, (r E)]``."""
-    if experts == 1:
-        return b
-    rank = b.shape[1]
-    return b.reshape(experts, -1, rank).permute(1, 2, 0).reshape(-1, rank * experts)
-
-
-def _unswapped(reader: _Reader) -> bool:
-    version = reader.settings.version
-    return version is not None and version <= _LAST_UNSWAPPED
-
-
-def _check_dialect(reader: _Reader, b: Key, rank: int, experts: int) -> None:
-    if reader.settings.version is None and rank > 1 and experts > 1:
+def _dialect(
+    reader: _Reader, b: Key, shape_a: Sequence[int], shape_b: Sequence[int], experts: int
+) -> Dialect:
+    """How this file's factors lie; what nothing tells is recorded as a fault."""
+    dialect = dialect_of(reader.settings, reader.source.config or {})
+    where, rank = reader.source.config_path.name, shape_a[0] // experts
+    if dialect is None and rank > 1 and experts > 1:
         reader.problems.add(
-            f"{b.text}: the order of its columns is unknown, because {reader.source.config_path.name} lacks "
-            "peft_version (Megatron-Bridge orders them expert by expert, PEFT rank by rank); if PEFT wrote "
-            'it, add "peft_version": "0.17.1"'
+            f"{b.text}: the order of its columns is unknown, because {where} lacks peft_version and has not "
+            "the fields of a known producer (Megatron-Bridge orders them expert by expert, PEFT rank by "
+            'rank); if PEFT wrote it, add "peft_version": "0.17.1"'
         )
+    elif experts > 1 and shape_a[1] == shape_b[0] and (dialect is None or not dialect.sure):
+        reader.problems.add(
+            f"{b.text}: its experts are square and {where} lacks peft_version, so that nothing says which "
+            'factor is over the inputs; add "peft_version" (files of PEFT 0.17 have none)'
+        )
+    return dialect or Dialect(positional=True, sure=False)
