@@ -21,7 +21,7 @@ from graft.layout import Layout
 from tests.files import make
 
 from . import llama_cpp
-from .carrying import MODEL, SHAPES, assert_same_update, plain, site
+from .carrying import LINEAR, MODEL, SHAPES, assert_same_update, plain, site
 
 gguf = pytest.importorskip("gguf")
 
@@ -241,6 +241,13 @@ def test_scales_that_one_alpha_does_not_give(
     assert [found[f"blk.{n}.attn_v.weight.lora_a"].shape[0] for n in range(3)] == written
     back = bind(read(tmp_path / "a.gguf", model=MODEL), SHAPES, config=MODEL)
     assert_same_update(adapter, back, rounded=rounded)
+
+
+def test_the_bases_fingerprints_are_kept(tmp_path: Path) -> None:
+    told = {name: f"float32:{n:016x}" for n, name in enumerate(LINEAR)}
+    write(replace(plain(), base=told), tmp_path / "a.gguf", format="gguf", model=MODEL, base_name="a/b")
+    assert fields(tmp_path / "a.gguf")["general.base_model.0.name"] == "a/b"
+    assert bind(read(tmp_path / "a.gguf", model=MODEL), SHAPES, config=MODEL).base == told
 
 
 def test_float64_is_said_to_be_rounded(tmp_path: Path) -> None:

@@ -343,6 +343,13 @@ def test_missing_parts_are_joined_and_left_out_again(tmp_path: Path) -> None:
     assert_same_update(adapter, again, rounded=False)
 
 
+def test_the_bases_fingerprints_are_kept(tmp_path: Path) -> None:
+    told = {name: f"float32:{n:016x}" for n, name in enumerate(LINEAR)}
+    write(replace(plain(), base=told), tmp_path / "c", format="megatron", model=MODEL)
+    again = read(tmp_path / "c", model=MODEL)
+    assert bind(again, SHAPES, config=MODEL).base == told and tmp_path / "c/graft_base.json" in again.files
+
+
 def test_some_layers_have_numbers(tmp_path: Path) -> None:
     adapter = Adapter({n: s for n, s in plain().sites.items() if n.split(".")[2] != "1" and "o_proj" in n})
     found, _ = written(adapter, tmp_path / "c")

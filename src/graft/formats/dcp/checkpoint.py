@@ -12,10 +12,13 @@ from typing import NamedTuple, cast
 import torch
 
 from ...errors import FormatError
+from ...tensors import read_json
 from ..container import Opened
 from .records import Record, load_records
 
 METADATA = ".metadata"
+#: what Graft says beside a checkpoint that it writes: the base's fingerprints
+ABOUT = "graft_base.json"
 _TRACKER = "latest_checkpointed_iteration.txt"
 Offsets = tuple[int, ...]
 
@@ -51,7 +54,9 @@ class DistributedCheckpoint:
         entries = read_entries(folder)
         data = sorted({chunk.file for entry in entries.values() for chunk in entry.chunks})
         folders = tuple(dict.fromkeys((folder, path, folder.parent)))
-        return Opened(folder, folders, (folder / METADATA, *data), "dcp", Tensors(entries))
+        about = folder / ABOUT
+        told, files = (read_json(about), (about,)) if about.is_file() else ({}, ())
+        return Opened(folder, folders, (folder / METADATA, *data, *files), "dcp", Tensors(entries), told)
 
 
 def find_folder(path: Path) -> Path | None:

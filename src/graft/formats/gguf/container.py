@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ALPHA = "adapter.lora.alpha"
 ARCHITECTURE = "general.architecture"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_KEPT = ("general.", "adapter.")
+_KEPT = ("general.", "adapter.", "graft.")
 
 
 class GgufFile:

@@ -54,7 +54,7 @@ def read(source: Source, options: Options) -> Adapter:
     ledger.close(explain=_explain)
     notes = (*([] if known else [_NO_BASE]), *([] if alpha else [_NO_ALPHA]))
     config: dict[str, object] = {"alpha": alpha, "architecture": architecture}
-    return Adapter(sites, format="gguf", config=config, notes=notes)
+    return Adapter(sites, format="gguf", config=config, notes=notes, base=source.fingerprints)
 
 
 def _alpha(source: Source, ledger: Ledger) -> float:

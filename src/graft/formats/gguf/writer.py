@@ -12,13 +12,14 @@ import torch
 
 from ...adapter import Adapter, LowRank
 from ...algebra import padded
+from ...fingerprint import dumps
 from ..blocks import joined
 from ..holding import Holds
 from ..ledger import listed
 from ..protocol import Loss, Target, Written
 from ..state_file import save_new
 from ..uniform import with_scales
-from .container import import_gguf
+from .container import ALPHA, import_gguf
 from .names import names_of, reordered
 
 _HOLDS = Holds("GGUF", embeddings=True)
@@ -81,7 +82,10 @@ def write(adapter: Adapter, path: Path, target: Target) -> Written:
         data[f"{tensor}.lora_a"] = a[0].mT if tensor == _EMBEDDING else _stacked(a, stacked)
         data[f"{tensor}.lora_b"] = _stacked(b, stacked)
     data, rounded = _storable(data)
-    save_new(path, lambda staging: _save(staging, data, alpha, names.architecture, target.base_name))
+    strings = {"adapter.type": "lora", **dumps(adapter.base)}
+    if target.base_name:
+        strings["general.base_model.0.name"] = target.base_name
+    save_new(path, lambda staging: _save(staging, data, alpha, names.architecture, strings))
     return Written([*notes, *rounded])
 
 
@@ -127,16 +131,20 @@ def _storable(data: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
 
 
 def _save(
-    path: Path, data: Mapping[str, torch.Tensor], alpha: float, architecture: str, base: str | None
+    path: Path,
+    data: Mapping[str, torch.Tensor],
+    alpha: float,
+    architecture: str,
+    strings: Mapping[str, str],
 ) -> None:
     gguf: Any = import_gguf("GGUF")
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    if base:
+    writer.add_float32(ALPHA, alpha)
+    for key, value in strings.items():
+        writer.add_string(key, value)
+    if "general.base_model.0.name" in strings:
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, base)
     for key, tensor in data.items():
         whole = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # also for axes of size 1
         if whole.dtype == torch.bfloat16:  # numpy has none

@@ -58,9 +58,15 @@ class _Reader:
             self._module(module, part, roles, alpha)
         self.ledger.close(explain=lambda key: "no module of Megatron's that is known here")
         if self.untouched:
-            self.notes.append(f"without update, as written by a join: {listed(self.untouched)}")
+            self.notes.append(f"zero in their fused module, so left out: {listed(self.untouched)}")
         config: dict[str, object] = {"alpha": alpha, "dim": self.run.dim}
-        return Adapter(self.sites, format="megatron", config=config, notes=tuple(self.notes))
+        return Adapter(
+            self.sites,
+            format="megatron",
+            config=config,
+            notes=tuple(self.notes),
+            base=self.source.fingerprints,
+        )
 
     def _alpha(self) -> float:
         self.options.refuse_unused(run_config.NAME, alpha=self.run.alpha is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,11 +10,13 @@ import torch
 
 from ...adapter import Adapter, LowRank
 from ...algebra import padded
+from ...fingerprint import dumps
 from ...tensors import atomic_directory
+from ..dcp.checkpoint import ABOUT
 from ..dcp.writer import save_checkpoint
 from ..model_facts import ModelFacts, model_facts, model_type
 from ..protocol import Target, Written
-from ..uniform import commonest_scale, with_scale
+from ..uniform import alpha_of, commonest_scale, with_scale
 from . import fused, run_config
 from .losses import Groups, groups_of
 from .names import Module, Modules, key_of, modules_of
@@ -40,7 +41,8 @@ def write(adapter: Adapter, path: Path, target: Target) -> Written:
     groups = groups_of(adapter.sites, table)
     canonical = _is_canonical(groups, table)
     rank = max(_rank(module, group, table, canonical) for module, group in groups.items())
-    alpha = _alpha(commonest_scale(adapter.sites), rank)
+    scale = commonest_scale(adapter.sites)
+    alpha = float(alpha_of(scale, rank) if scale > 0 else rank)  # Bridge's alpha is positive
     sites, notes = with_scale(adapter.sites, alpha / rank)
     tensors: Tensors = {}
     for module, group in groups_of(sites, table).items():
@@ -58,6 +60,8 @@ def write(adapter: Adapter, path: Path, target: Target) -> Written:
         common = {"common_backend": "torch", "common_backend_version": 1}
         (staging / "metadata.json").write_text(json.dumps({**backend, **common}), encoding="utf-8")
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, staging / "common.pt")
+        if adapter.base:
+            (staging / ABOUT).write_text(json.dumps(dumps(adapter.base)), encoding="utf-8")
     return Written(notes)
 
 
@@ -85,15 +89,6 @@ def _rank(module: Module, group: Mapping[str, LowRank], table: Modules, canonica
     ranks = [site.rank for site in group.values()]
     own = not _fuses(module, table) or _is_shared(group) or (canonical and not module.is_expert)
     return max(ranks) if own else sum(ranks)
-
-
-def _alpha(scale: float, rank: int) -> float:
-    """The alpha for which ``alpha / rank`` is the scale, if there is one; positive, whole if it can be."""
-    if not scale > 0:
-        return float(rank)
-    alpha = scale * rank
-    near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((one for one in near if one > 0 and one / rank == scale), alpha)
 
 
 def _module(
