@@ -23,7 +23,9 @@ ROOMS = {
         "kinds options factors shadow branches branches_megatron adapted attach layers targets "
         "megatron_options adapting fusing effective model verify_model"
     ),
-    "storage": "safetensors_header pickled mapped atomic checkpoint tensors shared_files",
+    "storage": (
+        "safetensors_header pickled mapped atomic weight_names checkpoint pipeline tensors shared_files"
+    ),
     "formats": "bind bind_* formats formats.*",
     "files": "files files.* fuse_files verify_files inspect_files",
     "bridge": "persist export_model export_write",

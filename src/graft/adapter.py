@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from .delta import Delta
 from .errors import LayoutError
 from .layout import Layout
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class LowRank:
         fan_in_fan_out: what the file says of a weight stored ``[in, out]``; None if it says nothing.
         kind: what the module was, where the layout alone does not tell: ``linear`` (GPT-2 Conv1D
             too), ``embedding``, ``conv``, ``parameter`` (packed experts and other named parameters),
-            ``loralib`` (any of the first three, not told by the file).
+            ``loralib`` (any of the first three, not told by the file), ``projection`` (linear, or a
+            convolution of kernel 1).
         shape: the stored parameter's shape, once known.
         among: where the file says only the module: the parameters that it may be, each with the scale it
             would have; the base's shapes decide.
@@ -91,6 +95,8 @@ class Adapter:
             might have meant one.
         flattened: the names before each parameter's own are spelled with ``_`` in the place of ``.``
             (kohya's); binding spells them out by the base's names.
+        components: the models of a diffusers pipeline (``unet``, ``text_encoder``) that its names begin with;
+            none where all names are one model's.
         files: the files that it was read from, weights first.
     """
 
@@ -105,9 +111,25 @@ class Adapter:
     base: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, Beside] = field(default_factory=dict[str, Beside])
     flattened: bool = False
+    components: frozenset[str] = frozenset()
     files: tuple[Path, ...] = ()
 
     @property
     def touched(self) -> set[str]:
         """Names of all base parameters that this adapter changes."""
         return {*self.sites, *self.replace, *self.shift, *self.rows}
+
+    def renamed(self, change: Callable[[str], str | None]) -> Adapter:
+        """The adapter under other parameter names; what becomes None is left out."""
+
+        def table(mine: Mapping[str, _T]) -> dict[str, _T]:
+            return {new: value for name, value in mine.items() if (new := change(name)) is not None}
+
+        return replace(
+            self,
+            sites=table(self.sites),
+            replace=table(self.replace),
+            shift=table(self.shift),
+            rows=table(self.rows),
+            base=table(self.base),
+        )

@@ -21,7 +21,7 @@ from pathlib import Path
 from .errors import OutputError
 
 #: files that make a directory recognisable as a model or an adapter, so that --force may replace it
-_MARKS = ("graft.json", "config.json", "adapter_config.json", "adapter_model.safetensors")
+_MARKS = ("graft.json", "config.json", "model_index.json", "adapter_config.json", "adapter_model.safetensors")
 _LAST = ".graft-last."
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from .adapter import Adapter, LowRank
@@ -16,6 +17,7 @@ from .bind_checks import (
     is_absent_head,
     without_tied,
 )
+from .bind_components import bind_each
 from .bind_flat import spelled_out
 from .bind_layouts import Misfit, Transposed, Witness, fit
 from .bind_names import Repair, layer_numbers, nearest, renamed, repairs
@@ -47,6 +49,8 @@ def bind(
             not fit, or an ambiguity; all of them in one message.
     """
     base = {name: tuple(int(n) for n in shape) for name, shape in shapes.items()}
+    if adapter.components:
+        return bind_each(adapter, base, partial(_bind_part, config, transposed))
     binder = _Binder(base, config or {}, Witness(config, transposed))
     adapter = without_tied(spelled_out(adapter, base), base)
     needs = _needs(adapter)
@@ -54,6 +58,18 @@ def bind(
     if not all(exact.values()):
         return binder.repaired(adapter, needs)
     return settle(binder.apply(adapter, exact), base, Repair((), ()))
+
+
+def _bind_part(
+    config: Mapping[str, object] | None,
+    transposed: Transposed | None,
+    adapter: Adapter,
+    shapes: Mapping[str, Sequence[int]],
+    prefix: str,
+) -> Adapter:
+    """Bind one component of a pipeline; the pipeline's own configuration says nothing of its models."""
+    told = None if transposed is None else (lambda name: transposed(prefix + name))
+    return bind(adapter, shapes, config=None if prefix else config, transposed=told)
 
 
 def _needs(adapter: Adapter) -> dict[str, list[str]]:

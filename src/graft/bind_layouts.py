@@ -120,6 +120,14 @@ def _conv(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness) ->
     return _with(site, layout, shape) if len(shape) >= 3 and _fits(site, layout, shape) else None
 
 
+def _projection(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness) -> LowRank | None:
+    """A linear layer, or the convolution of kernel 1 that other versions of a model have in its place."""
+    if len(shape) == 2:
+        return _linear(replace(site, kind="linear"), name, shape, witness)
+    one = all(size == 1 for size in shape[2:])
+    return _conv(replace(site, kind="conv"), name, shape, witness) if one else None
+
+
 def _parameter(site: LowRank, name: str, shape: tuple[int, ...], witness: Witness) -> LowRank | None:
     if len(shape) == 2:
         return _with(site, Layout("o i"), shape) if _fits(site, Layout("o i"), shape) else None
@@ -253,6 +261,7 @@ _FITTERS: Mapping[str, Callable[[LowRank, str, tuple[int, ...], Witness], LowRan
     "linear": _linear,
     "embedding": _embedding,
     "conv": _conv,
+    "projection": _projection,
     "parameter": _parameter,
     "loralib": _loralib,
     "graft": _graft,

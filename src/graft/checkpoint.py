@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -13,22 +14,27 @@ from .errors import FormatError, Problems
 from .mapped import load_file
 from .pickled import load_tensors
 from .safetensors_header import Entry, Header, read_header
+from .weight_names import WeightNames, places, refuse_several, variants
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_BIN_SINGLE, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_PLAIN = WeightNames()
+SINGLE, INDEX = _PLAIN.single, _PLAIN.index
+#: what makes a directory a diffusers pipeline, whose models lie in folders of their own
+PIPELINE = "model_index.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The stored tensors of a model directory.
+    """The stored tensors of a model directory, or of a pipeline's models together.
 
     Args:
         folder: the directory.
-        entries: every tensor by name, in the order of the files and of their data.
-        config: ``config.json``, or ``{}``.
-        headers: the safetensors files' headers by file name, in order; empty for pickled files.
+        entries: every tensor by name, in the order of the files and of their data; a pipeline's names begin
+            with the component (``unet.``).
+        config: ``config.json``, or ``{}``; a pipeline's is ``model_index.json``.
+        headers: the safetensors files' headers by their path in the folder, in order; none for pickled files.
         index: the index file's own fields besides ``weight_map`` (``metadata``), or ``{}``.
+        names: what its weight files are called.
+        parts: a pipeline's models, by component; each is a checkpoint of its own.
     """
 
     folder: Path
@@ -36,6 +42,8 @@ class Checkpoint:
     config: dict[str, object]
     headers: dict[str, Header]
     index: dict[str, object]
+    names: WeightNames = _PLAIN
+    parts: Mapping[str, Checkpoint] = field(default_factory=dict[str, "Checkpoint"])
     _loaded: dict[Path, dict[str, torch.Tensor]] = field(
         default_factory=dict[Path, "dict[str, torch.Tensor]"]
     )
@@ -50,12 +58,28 @@ class Checkpoint:
         return not self.headers
 
     @property
+    def models(self) -> dict[str, Checkpoint]:
+        """The models in the directory by their folder in it: a pipeline's, or itself under ``""``."""
+        return dict(self.parts) or {"": self}
+
+    def place(self, file: Path) -> str:
+        """A file's path in the directory."""
+        return file.relative_to(self.folder).as_posix()
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in its own file."""
+        return name.partition(".")[2] if self.parts else name
+
+    @property
     def files(self) -> list[Path]:
         """The weight files, in order."""
         return list(dict.fromkeys(entry.file for entry in self.entries.values()))
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, mapped from its file (not read until used; do not write to it)."""
+        if self.parts:
+            component, _, inner = name.partition(".")
+            return self.parts[component].read(inner)
         entry = self.entries[name]
         if self.pickled:
             return self._loaded[entry.file][name]
@@ -67,6 +91,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers of a model directory: single or sharded, safetensors or .bin (weights_only).
 
+    A diffusers pipeline is read as one, its models together.
+
     Raises:
         FormatError: no weights, missing or damaged shards, an index that disagrees with them or names
             files outside the folder, pickles that hold more than tensors.
@@ -75,13 +101,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         why = "is not a directory" if folder.exists() else "does not exist"
         raise FormatError(f"{folder} {why}; give the directory of a model in Hugging Face layout")
+    if (folder / PIPELINE).exists():
+        from .pipeline import open_pipeline
+
+        return open_pipeline(folder)
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    for single, index in ((SINGLE, INDEX), (_BIN_SINGLE, _BIN_INDEX)):
+    for names, single, index in places(folder):
+        if names.variant:
+            refuse_several(folder, variants(folder))
         if (folder / single).exists():
-            return _collect(folder, config, [single], None)
+            return _collect(folder, config, names, [single], None)
         if (folder / index).exists():
             table = read_json(folder / index)
-            return _collect(folder, config, _shards(folder / index, table), table)
+            return _collect(folder, config, names, _shards(folder / index, table), table)
     raise FormatError(_nothing_found(folder))
 
 
@@ -103,13 +135,12 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def _nothing_found(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    if "adapter_config.json" in names or "adapter_model.safetensors" in names:
+    there = sorted(p.name for p in folder.iterdir())
+    if "adapter_config.json" in there or "adapter_model.safetensors" in there:
         return f"{folder} is an adapter, not a base model. The order is: graft fuse BASE ADAPTER -o OUT"
-    seen = ", ".join(names[:8]) or "nothing"
-    return (
-        f"{folder} holds no weights: looked for {SINGLE}, {INDEX}, {_BIN_SINGLE}, {_BIN_INDEX}; found {seen}"
-    )
+    seen = ", ".join(there[:8]) or "nothing"
+    wanted = ", ".join(name for _, *names in places(folder) for name in names)
+    return f"{folder} holds no weights: looked for {wanted}; found {seen}"
 
 
 def _shards(path: Path, table: dict[str, object]) -> list[str]:
@@ -130,7 +161,11 @@ def _shards(path: Path, table: dict[str, object]) -> list[str]:
 
 
 def _collect(
-    folder: Path, config: dict[str, object], files: list[str], table: dict[str, object] | None
+    folder: Path,
+    config: dict[str, object],
+    names: WeightNames,
+    files: list[str],
+    table: dict[str, object] | None,
 ) -> Checkpoint:
     """Open every file, and check that the index and the files name the same tensors."""
     weight_map = cast("dict[str, str]", (table or {}).get("weight_map", {}))
@@ -162,7 +197,7 @@ def _collect(
             f"{folder}: the index mixes safetensors and pickled shards; convert the model first"
         )
     index = {key: value for key, value in (table or {}).items() if key != "weight_map"}
-    return Checkpoint(folder, entries, config, headers, index, loaded)
+    return Checkpoint(folder, entries, config, headers, index, names, _loaded=loaded)
 
 
 def _pickled_entry(path: Path, name: str, tensor: torch.Tensor) -> Entry:

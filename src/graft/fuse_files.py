@@ -82,14 +82,16 @@ def fuse(
     again: bool = False,
     other_base: bool = False,
     enable_lora: EnableLora | None = None,
+    component: str | None = None,
 ) -> FuseReport:
-    """Write base + adapter to ``out`` as a Hugging Face directory.
+    """Write base + adapter to ``out`` as a Hugging Face directory, of a model or of a diffusers pipeline.
 
     Every touched weight becomes ``round(W + scale · s · B · A)``, rounded once to nearest even; the bytes
     do not depend on threads or chunks.
 
     Args:
-        base: a model directory (safetensors or .bin, sharded or single), or a hub id.
+        base: a model directory (safetensors or .bin, sharded or single), a diffusers pipeline (with
+            ``model_index.json``), or a hub id.
         adapter: an adapter's directory or file, of any known format.
         out: the directory to make; it appears whole or not at all.
         dtype: ``bfloat16``, ``float16`` or ``float32`` for all floating tensors; the base's when None.
@@ -105,6 +107,7 @@ def fuse(
         again: fuse an adapter although the base's provenance says that it holds it already.
         other_base: fuse into this base although the adapter's fingerprints name another.
         enable_lora: for loralib's MergedLinear, as :func:`graft.formats.read` takes it.
+        component: fuse only the adapter's part for this model of a pipeline (``unet``, ``text_encoder``).
     Raises:
         GraftError: one message that says what is wrong and what mends it; nothing was written.
     """
@@ -118,7 +121,12 @@ def fuse(
     if not dry_run:
         check_out(out, force=force)
     read = formats.read(
-        adapter, alpha=alpha, config=adapter_config, enable_lora=enable_lora, model=found.config or None
+        adapter,
+        alpha=alpha,
+        config=adapter_config,
+        enable_lora=enable_lora,
+        model=found.config or None,
+        component=component,
     )
     identity = identity_of(read.files, threads)
     refuse_twice(found, identity, again)
@@ -134,6 +142,7 @@ def fuse(
         options: dict[str, object] = {"scale": scale, "alpha": alpha, "dtype": dtype, "tied": tied}
         options["max_shard_size"] = max_shard_size
         options["enable_lora"] = _switches(enable_lora)
+        options["component"] = component
         texts = work.texts(options)
         if not dry_run:
             check_space(out, plan)

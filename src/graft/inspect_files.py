@@ -15,9 +15,12 @@ import torch
 from . import formats
 from .adapter import Adapter, LowRank
 from .bind import bind
+from .bind_components import only
+from .checkpoint import PIPELINE
 from .errors import FormatError
 from .files import inputs
 from .tensors import Checkpoint, open_checkpoint
+from .weight_names import STEMS
 
 #: what ``graft fuse`` leaves beside the weights
 PROVENANCE = "graft.json"
@@ -90,6 +93,7 @@ class ModelReport:
     parameters: int
     bytes: int
     dtypes: dict[str, int]
+    components: dict[str, int]
     quantised: str | None
     fused: dict[str, Any] | None
     notes: tuple[str, ...]
@@ -111,6 +115,7 @@ def inspect(
     alpha: float | None = None,
     adapter_config: Path | None = None,
     base: Path | str | None = None,
+    component: str | None = None,
 ) -> InspectReport:
     """Describe an adapter (directory or file), or a model directory.
 
@@ -121,6 +126,7 @@ def inspect(
         alpha: for formats that do not carry it; without it those report ``scale = 1/rank`` and say so.
         adapter_config: the adapter's configuration, when it lies elsewhere.
         base: the base: names are then its own, proved to fit.
+        component: only the adapter's part for this model of a pipeline.
     Raises:
         FormatError: nothing that Graft knows, or damaged files.
         BaseMismatchError: an adapter that does not fit ``base``.
@@ -137,6 +143,8 @@ def inspect(
         adapter, notes = _read_without_alpha(path, format, adapter_config, model)
     else:
         adapter = formats.read(path, format=format, alpha=alpha, config=adapter_config, model=model)
+    if component is not None:
+        adapter = only(adapter, component)
     if found is not None:
         adapter = bind(adapter, found.shapes, config=found.config)
     return _adapter(path, adapter, notes)
@@ -162,10 +170,10 @@ def _is_model(folder: Path) -> bool:
     names = {p.name for p in folder.iterdir()}
     if "adapter_config.json" in names:
         return False
-    if any(n.endswith(".index.json") for n in names):
+    if PIPELINE in names or any(n.endswith(".index.json") for n in names):
         return True
     return "config.json" in names and any(
-        n.startswith(("model", "pytorch_model")) and n.endswith(_WEIGHT_SUFFIXES) for n in names
+        n.startswith((*STEMS, *STEMS.values())) and n.endswith(_WEIGHT_SUFFIXES) for n in names
     )
 
 
@@ -236,15 +244,16 @@ def _model(path: Path, checkpoint: Checkpoint) -> ModelReport:
     dtypes: Counter[str] = Counter()
     for entry in entries:
         dtypes[str(entry.dtype).removeprefix("torch.")] += math.prod(entry.shape)
-    quantised = _quantised(config)
+    quantised = next(filter(None, (_quantised(part.config) for part in checkpoint.models.values())), None)
     notes = [] if quantised is None else [f"quantised ({quantised}): dequantise it before fusing into it"]
     if not config:
         notes.append("there is no config.json: transformers cannot load this directory")
     return ModelReport(
         path=str(path),
         model_type=_text(config.get("model_type")),
-        architectures=_texts(config.get("architectures")),
-        files=tuple(sorted({str(entry.file.name) for entry in entries})),
+        architectures=_texts(config.get("architectures")) or _texts([config.get("_class_name")]),
+        files=tuple(sorted({checkpoint.place(entry.file) for entry in entries})),
+        components={name: len(part.entries) for name, part in checkpoint.parts.items()},
         tensors=len(checkpoint.entries),
         parameters=sum(dtypes.values()),
         bytes=sum(entry.nbytes for entry in entries),
@@ -282,4 +291,4 @@ def _text(value: object) -> str | None:
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    return tuple(map(str, cast("list[object]", value))) if isinstance(value, list) else ()
+    return tuple(str(one) for one in cast("list[object]", value) if one) if isinstance(value, list) else ()

@@ -119,6 +119,7 @@ def load(
     replace: bool = False,
     other_base: bool = False,
     quiet: bool = False,
+    component: str | None = None,
 ) -> AdaptReport:
     """Load an adapter file of any known format into a model, which is adapted for it if it is not yet.
 
@@ -132,6 +133,7 @@ def load(
         format, alpha: as for ``graft fuse``: the format's name, and alpha where files do not carry it.
         dropout: of the sites that are made here; files of most formats do not decide it.
         other_base: load it although its fingerprints name another base.
+        component: only the file's part for this model of a diffusers pipeline: ``unet`` for ``pipe.unet``.
     Raises:
         FormatError: not an adapter, or one that cannot be run in memory (DoRA, lora_bias).
         BaseMismatchError: an adapter for another base or other sites; nothing was changed.
@@ -146,7 +148,7 @@ def load(
         error: Exception | None = None
         inventory = Inventory(model)
         try:
-            bound = _read(model, inventory, Path(path), format, alpha, other_base)
+            bound = _read(model, inventory, Path(path), format, alpha, component, other_base)
             _refuse_late(model, bound, fresh or replace, wrapped)
             if not (fresh or replace):
                 _check_same(model, bound)
@@ -175,6 +177,7 @@ def _read(
     path: Path,
     format: str | None,
     alpha: float | None,
+    component: str | None,
     other_base: bool,
 ) -> Adapter:
     """The file's adapter, fitted to the model and found to belong to it."""
@@ -182,7 +185,7 @@ def _read(
     from .formats import read
 
     about = _about(model)
-    adapter = read(path, format=format, alpha=alpha, model=about)
+    adapter = read(path, format=format, alpha=alpha, model=about, component=component)
     among = any("local_experts" in name.split(".") for name in adapter.sites)
     refuse_scattered(model, "graft.load", experts=among)
     bound = bind(
@@ -209,8 +212,11 @@ def _in_words(adapter: Adapter) -> Iterator[str]:
 
 
 def _about(model: nn.Module) -> Mapping[str, object] | None:
-    """The model's ``config.json``, if it is one of transformers'."""
-    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    """The model's ``config.json``, if it is one of transformers' or of diffusers'."""
+    config: object = getattr(model, "config", None)
+    if isinstance(config, Mapping):
+        return {**cast("Mapping[str, object]", config), "_class_name": type(model).__name__}
+    to_dict = getattr(config, "to_dict", None)
     return cast("Mapping[str, object]", to_dict()) if callable(to_dict) else None
 
 

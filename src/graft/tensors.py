@@ -18,6 +18,7 @@ from .checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, read_json
 from .mapped import load_file, metadata
 from .pickled import load_pickled
 from .safetensors_header import Entry, Header, build_header, nbytes, read_header
+from .weight_names import WeightNames
 
 __all__ = [
     "INDEX", "SINGLE", "Checkpoint", "Entry", "Header", "Item", "atomic_directory", "check_out", "load_file",
@@ -25,6 +26,7 @@ __all__ = [
     "save_file", "write_index", "write_shards",
 ]  # fmt: skip
 
+_PLAIN = WeightNames()
 #: name, shape, dtype, and a call that makes the tensor when it is its turn
 Item = tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]
 
@@ -72,7 +74,9 @@ def write_shards(
     return {"files": list(files), "weight_map": weight_map, "total_size": total}
 
 
-def plan_shards(sizes: Mapping[str, int], max_shard_size: int | None) -> dict[str, list[str]]:
+def plan_shards(
+    sizes: Mapping[str, int], max_shard_size: int | None, called: WeightNames = _PLAIN
+) -> dict[str, list[str]]:
     """File names → tensor names, in order, none above ``max_shard_size`` bytes unless one tensor is."""
     groups: list[list[str]] = [[]]
     used = 0
@@ -83,14 +87,16 @@ def plan_shards(sizes: Mapping[str, int], max_shard_size: int | None) -> dict[st
         groups[-1].append(name)
         used += size
     if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{n:05}-of-{len(groups):05}.safetensors": names for n, names in enumerate(groups, 1)}
+        return {called.single: groups[0]}
+    return {called.shard(n, len(groups)): names for n, names in enumerate(groups, 1)}
 
 
-def write_index(folder: Path, weight_map: Mapping[str, str], about: Mapping[str, object]) -> None:
+def write_index(
+    folder: Path, weight_map: Mapping[str, str], about: Mapping[str, object], called: WeightNames = _PLAIN
+) -> None:
     """Write ``model.safetensors.index.json`` as transformers does (names sorted)."""
     table = {"metadata": dict(about), "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    (folder / called.index).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_file(path: Path, items: list[Item], metadata: Mapping[str, str] | None) -> None:

@@ -79,6 +79,7 @@ def verify(
         config=adapter_config,
         enable_lora=said.enable_lora,
         model=found.config or None,
+        component=said.component,
     )
     job = inputs.fit(found, read, scale=said.scale, choice=said.tied)
     wanted = Wanted(said.dtype, said.max_shard_size, job.parts, job.added)
@@ -114,6 +115,7 @@ class _Options:
     max_shard_size: int | None
     tied: str | None
     enable_lora: EnableLora | None
+    component: str | None
 
     @classmethod
     def of(cls, told: Mapping[str, object], path: Path) -> _Options:
@@ -141,6 +143,7 @@ class _Options:
             get("max_shard_size", (int,)),
             get("tied", (str,)),
             get("enable_lora", (list, dict)),
+            get("component", (str,)),
         )
         problems.raise_if_any(MEND)
         return found

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import FormatName, adapter_config, alpha, switches
+from .options import FormatName, adapter_config, alpha, component, switches
 from .output import next_step, print_facts, print_json
 
 
@@ -23,6 +23,7 @@ from .output import next_step, print_facts, print_json
 )
 @click.option("--base", metavar="BASE", help="Check names and shapes against this base, and name it.")
 @adapter_config
+@component
 @alpha
 @click.option(
     "--enable-lora",

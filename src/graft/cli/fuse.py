@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import adapter_config, alpha, dtype, finite, size, switches, threads
+from .options import adapter_config, alpha, component, dtype, finite, size, switches, threads
 from .output import duration, next_step, number, percent, print_facts, print_json, progress_bar
 from .output import size as size_text
 
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     help="Largest file to write: 5GB, 500MB, 2GiB; a larger tensor gets its own.  [default: as BASE]",
 )
 @adapter_config
+@component
 @click.option(
     "--tied",
     type=click.Choice(["untie", "shared"]),
@@ -75,7 +76,8 @@ if TYPE_CHECKING:
 def fuse(base: str, adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Write BASE + ADAPTER to OUT as one model, without ever loading it.
 
-    BASE is a Hugging Face directory or a hub id, ADAPTER a directory or a file of any known format.
+    BASE is a Hugging Face directory, a diffusers pipeline's or a hub id; ADAPTER is a directory or a file of
+    any known format.
     Every fused weight is W + scale·B·A rounded once; all others are copied bit for bit. OUT appears
     whole or not at all, and neither input is ever written to.
     """

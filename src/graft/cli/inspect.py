@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from .options import adapter_config, alpha
+from .options import adapter_config, alpha, component
 from .output import count, exactly, number, print_facts, print_json, print_table, size
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.argument("path", type=click.Path(path_type=Path))
 @alpha
 @adapter_config
+@component
 @click.option("--base", metavar="BASE", help="Show the sites under this base's names, proved to fit it.")
 @click.option("--all", "show_all", is_flag=True, help="List every site, not the first 20.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -26,6 +27,7 @@ def inspect(
     path: Path,
     alpha: float | None,
     adapter_config: Path | None,
+    component: str | None,
     base: str | None,
     show_all: bool,
     as_json: bool,
@@ -38,7 +40,7 @@ def inspect(
     from ..inspect_files import AdapterReport
     from ..inspect_files import inspect as inspect_files
 
-    report = inspect_files(path, alpha=alpha, adapter_config=adapter_config, base=base)
+    report = inspect_files(path, alpha=alpha, adapter_config=adapter_config, base=base, component=component)
     if as_json:
         print_json(report.to_dict())
     elif isinstance(report, AdapterReport):
@@ -85,6 +87,7 @@ def _row(site: SiteReport) -> tuple[str, ...]:
 def _show_model(report: ModelReport) -> None:
     facts = [
         ("model", ", ".join(report.architectures) or report.model_type or ""),
+        ("components", ", ".join(f"{name} ({n} tensors)" for name, n in report.components.items())),
         ("tensors", f"{report.tensors} in {len(report.files)} file{'s' * (len(report.files) != 1)}"),
         ("parameters", exactly(report.parameters)),
         ("size", size(report.bytes)),

@@ -109,6 +109,11 @@ adapter_config = click.option(
     type=click.Path(path_type=Path),
     help="The adapter's configuration, when it does not lie beside the weights.",
 )
+component = click.option(
+    "--component",
+    metavar="NAME",
+    help="Use only the adapter's part for this model of a diffusers pipeline: unet, text_encoder, …",
+)
 threads = click.option(
     "--threads",
     type=click.IntRange(min=1),

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from ..checkpoint import Checkpoint, read_json
+from ..checkpoint import PIPELINE, Checkpoint, read_json
+from ..weight_names import SUFFIXES
 
-_WEIGHTS = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz",
-    ".onnx_data", ".mlmodel", ".tflite", ".ot", ".zip", ".tar", ".gz",
-}  # fmt: skip
-_OWN = {"README.md", "graft.json", "config.json"}
+_OWN = {"README.md", "graft.json", "config.json", PIPELINE}
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
@@ -27,16 +24,22 @@ _TOKENIZER = (
 def small_files(base: Checkpoint, adapter: Path, vocabulary_grew: bool) -> dict[str, Path]:
     """Files to copy: relative name → source. Weights, the card and hidden files stay behind.
 
-    A tokenizer beside the adapter is taken only when the vocabulary grew: then it is the one that fits.
+    A pipeline's models are treated alike, each in its folder. A tokenizer beside the adapter is taken only
+    when the vocabulary grew: then it is the one that fits.
     """
     found = {
         path.name: path
         for path in sorted(base.folder.iterdir())
         if path.is_file() and not _left_out(path) and path.name not in _OWN
     }
+    for component, model in base.parts.items():
+        mine = small_files(model, adapter, vocabulary_grew=False)
+        found.update({f"{component}/{name}": path for name, path in mine.items()})
     for folder in sorted(p for p in base.folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if folder.name in base.parts:
+            continue
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-        if folder.name in _modules(base.folder) or not any(p.suffix in _WEIGHTS for p in files):
+        if folder.name in _modules(base.folder) or not any(p.suffix in SUFFIXES for p in files):
             found.update({str(p.relative_to(base.folder)): p for p in files})
     if vocabulary_grew and adapter.is_dir():
         found.update({name: adapter / name for name in _TOKENIZER if (adapter / name).is_file()})
@@ -44,7 +47,8 @@ def small_files(base: Checkpoint, adapter: Path, vocabulary_grew: bool) -> dict[
 
 
 def _left_out(path: Path) -> bool:
-    return path.name.startswith(".") or path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+    index = re.search(r"\.index\.(\w+\.)?json$", path.name)
+    return path.name.startswith(".") or path.suffix in SUFFIXES or index is not None
 
 
 def _modules(folder: Path) -> set[str]:
@@ -59,20 +63,46 @@ def _modules(folder: Path) -> set[str]:
         return set()
 
 
-def changed_config(
+def configurations(
+    base: Checkpoint,
+    *,
+    dtype: torch.dtype | None,
+    rows: Mapping[str, tuple[int, int]],
+    changes: Mapping[str, object],
+    added: Iterable[str],
+) -> tuple[dict[str, bytes], list[str]]:
+    """Path → content of the output's configurations, and sentences on what changed.
+
+    The last is the one without which nothing loads: ``config.json``, a pipeline's ``model_index.json``.
+
+    Args:
+        dtype: the new dtype of the weights, if one was asked for.
+        rows: vocabulary tensors that grew: name → (old rows, new rows).
+        changes: further entries, of the model that gets the tensors ``added``.
+    """
+    found: dict[str, bytes] = {}
+    notes: list[str] = []
+    for folder, model in base.models.items():
+        start = f"{folder}." if folder else ""
+        grown = {name: counts for name, counts in rows.items() if name.startswith(start)}
+        mine = changes if not folder or any(name.startswith(start) for name in added) else {}
+        text, said = _changed_config(model, dtype=dtype, rows=grown, changes=mine)
+        notes += [f"{folder}: {note}" if folder else note for note in said]
+        if text is not None:
+            found[f"{folder}/config.json" if folder else "config.json"] = text
+    if base.parts:
+        found[PIPELINE] = (base.folder / PIPELINE).read_bytes()
+    return found, notes
+
+
+def _changed_config(
     base: Checkpoint,
     *,
     dtype: torch.dtype | None,
     rows: Mapping[str, tuple[int, int]],
     changes: Mapping[str, object],
 ) -> tuple[bytes | None, list[str]]:
-    """``config.json`` for the output, and sentences on what changed; None if the base has none.
-
-    Args:
-        dtype: the new dtype of the weights, if one was asked for.
-        rows: vocabulary tensors that grew: name → (old rows, new rows).
-        changes: further entries.
-    """
+    """One model's ``config.json``; None if the base has none."""
     path = base.folder / "config.json"
     if not path.exists():
         return None, ["the base has no config.json, so the output has none either"]
@@ -90,7 +120,7 @@ def changed_config(
         for key, value in changes.items():
             if part is config or key in part:
                 part[key] = value
-    if dtype is not None and not {"dtype", "torch_dtype"} & set(config):
+    if dtype is not None and not {"dtype", "torch_dtype", "_diffusers_version"} & set(config):
         config[_dtype_key(config)] = _name(dtype)
     for name, (old, new) in rows.items():
         notes.append(f"{name}: the vocabulary grew from {old} to {new}")
@@ -112,7 +142,9 @@ def _name(dtype: torch.dtype) -> str:
 def model_card(base: Checkpoint, name: str, adapter: str, scale: float, lines: list[str]) -> str:
     """A README.md with the front matter that the hub reads."""
     front = {"base_model": [name], "base_model_relation": "merge", "tags": ["graft", "lora", "merge"]}
-    if (base.folder / "config.json").exists():
+    if "_diffusers_version" in base.config:
+        front["library_name"] = "diffusers"
+    elif (base.folder / "config.json").exists():
         front["library_name"] = "transformers"
     told = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
     kept = "".join(f"{line}\n" for line in _kept_front_matter(base.folder / "README.md"))

@@ -42,8 +42,8 @@ class Compared:
         for name in want.keys() & have.keys():
             if want[name] != have[name]:
                 problems.add(f"{name} has shape {list(have[name])}, not {list(want[name])}")
-            elif plan.weight_map[name] != self.out.entries[name].file.name:
-                problems.add(f"{name} is in {self.out.entries[name].file.name}, not {plan.weight_map[name]}")
+            elif plan.weight_map[name] != (file := self.out.place(self.out.entries[name].file)):
+                problems.add(f"{name} is in {file}, not {plan.weight_map[name]}")
         for shard in plan.shards:
             path = self.out.folder / shard.name
             if path.exists() and path.stat().st_size != shard.size:

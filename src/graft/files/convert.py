@@ -55,6 +55,7 @@ def convert(
     adapter_config: Path | None = None,
     enable_lora: EnableLora | None = None,
     accept_loss: bool = False,
+    component: str | None = None,
 ) -> ConvertReport:
     """Write an adapter, or the adapter in a training checkpoint, in another format.
 
@@ -65,7 +66,7 @@ def convert(
         serve: write the form that this server loads right (``vllm``).
         base: the base, against whose names and shapes the adapter is then checked; without it they are
             what the adapter's own file says.
-        alpha, adapter_config, enable_lora: as for :func:`graft.fuse_files.fuse`.
+        alpha, adapter_config, enable_lora, component: as for :func:`graft.fuse_files.fuse`.
         accept_loss: leave out what the format cannot hold, and say it.
     Raises:
         GraftError: one message that says what is wrong and what mends it; nothing was written.
@@ -76,7 +77,14 @@ def convert(
         raise OutputError(f"{out} already exists; choose another output")
     found = None if base is None else inputs.open_base(base)
     model = None if found is None else found.config or None
-    read = formats.read(adapter, alpha=alpha, config=adapter_config, enable_lora=enable_lora, model=model)
+    read = formats.read(
+        adapter,
+        alpha=alpha,
+        config=adapter_config,
+        enable_lora=enable_lora,
+        model=model,
+        component=component,
+    )
     name = None
     if found is None:
         bound = _alone(read)

@@ -13,7 +13,7 @@ import torch
 from .. import checksum
 from ..adapter import Adapter
 from ..bind import bind
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import PIPELINE, Checkpoint, open_checkpoint
 from ..errors import BaseMismatchError, FormatError, OutputError
 from ..tensors import read_json
 from . import heads, tied
@@ -217,11 +217,15 @@ def base_name(given: Path | str, base: Checkpoint, told: object = None) -> str:
 
 
 def fused_before(base: Checkpoint) -> list[dict[str, object]]:
-    """The adapters that the base already holds, by its own provenance."""
-    path = base.folder / "graft.json"
-    if not path.exists():
-        return []
-    fused = read_json(path).get("fused")
-    if not isinstance(fused, list):
-        return []
-    return [one for one in fused if isinstance(one, dict)]
+    """The adapters that the base already holds, by its own provenance.
+
+    A pipeline's models may have been fused each on its own, and a model as a part of its pipeline.
+    """
+    folders = [base.folder, *(part.folder for part in base.parts.values())]
+    if (base.folder.parent / PIPELINE).exists():
+        folders.append(base.folder.parent)
+    found: list[dict[str, object]] = []
+    for path in (folder / "graft.json" for folder in folders):
+        fused = read_json(path).get("fused") if path.exists() else None
+        found += [one for one in fused if isinstance(one, dict)] if isinstance(fused, list) else []
+    return found

@@ -58,11 +58,6 @@ class Plan:
     def size(self) -> int:
         return sum(s.size for s in self.shards)
 
-    @property
-    def total_size(self) -> int:
-        """Bytes of tensor data, as an index counts them."""
-        return sum(s.data_bytes for s in self.shards)
-
     def close(self) -> None:
         for file in self.files:
             file.close()
@@ -116,18 +111,31 @@ def _groups(
     base: Checkpoint, targets: Mapping[str, Target], max_shard_size: int | None
 ) -> dict[str, list[str]]:
     """Output file → tensor names: the base's own files unless a shard size is asked for."""
+    found: dict[str, list[str]] = {}
+    for folder, model in base.models.items():
+        mine = {n: t for n, t in targets.items() if not folder or n.startswith(f"{folder}.")}
+        for file, names in _files_of(model, mine, max_shard_size).items():
+            found[f"{folder}/{file}" if folder else file] = names
+    return found
+
+
+def _files_of(
+    model: Checkpoint, targets: Mapping[str, Target], max_shard_size: int | None
+) -> dict[str, list[str]]:
+    """One model's output files."""
     if max_shard_size is not None:
-        return plan_shards({n: nbytes(t.shape, t.dtype) for n, t in targets.items()}, max_shard_size)
+        sizes = {n: nbytes(t.shape, t.dtype) for n, t in targets.items()}
+        return plan_shards(sizes, max_shard_size, model.names)
     by_file: dict[Path, list[str]] = {}
-    last = base.files[-1]
+    last = model.files[-1]
     for name, target in targets.items():
         by_file.setdefault(target.entry.file if target.entry else last, []).append(name)
-    if not base.pickled:
-        return {file.name: names for file, names in by_file.items()}
+    if not model.pickled:
+        return {model.place(file): names for file, names in by_file.items()}
     groups = list(by_file.values())
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{n:05}-of-{len(groups):05}.safetensors": g for n, g in enumerate(groups, 1)}
+        return {model.names.single: groups[0]}
+    return {model.names.shard(n, len(groups)): group for n, group in enumerate(groups, 1)}
 
 
 class _Builder:
@@ -168,7 +176,8 @@ class _Builder:
             head, background = header.raw, self._file(self._base.folder / file)
         else:
             told = header.metadata if header is not None else {"format": "pt"}
-            head, background = build_header(((t.name, t.shape, t.dtype) for t in targets), told), None
+            stored = ((self._base.stored_name(t.name), t.shape, t.dtype) for t in targets)
+            head, background = build_header(stored, told), None
         regions: list[Region] = []
         at = len(head)
         for t in targets:
@@ -253,10 +262,12 @@ def _refuse_quantised(base: Checkpoint, adapter: Adapter, wanted: Wanted) -> Non
         if dtype not in WEIGHT_DTYPES and name not in adapter.replace:
             problems.add(f"{name} is stored as {_short(dtype)}")
     problems.raise_if_any("Dequantise the base first (to bfloat16, say), then fuse into that.")
-    told = base.config.get("quantization_config")
-    method = cast("dict[str, object]", told).get("quant_method", "") if isinstance(told, dict) else ""
-    if told and (wanted.dtype is not None or method == "bitsandbytes"):
-        raise StateError(
-            f"the base's config.json says that it is quantised ({method or 'no method given'}), so its "
-            "numbers are not the weights. Fuse into the unquantised base instead, or dequantise it first"
-        )
+    for folder, model in base.models.items():
+        told = model.config.get("quantization_config")
+        method = cast("dict[str, object]", told).get("quant_method", "") if isinstance(told, dict) else ""
+        if told and (wanted.dtype is not None or method == "bitsandbytes"):
+            which = f"{folder}/config.json" if folder else "config.json"
+            raise StateError(
+                f"the base's {which} says that it is quantised ({method or 'no method given'}), so its "
+                "numbers are not the weights. Fuse into the unquantised base instead, or dequantise it first"
+            )

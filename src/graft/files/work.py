@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ PROVENANCE = 1
 class Texts:
     """The small text files, made before anything is written, so that they cannot fail after."""
 
-    config: bytes | None
+    configs: dict[str, bytes]
     card: str
     provenance: dict[str, object]
     copies: dict[str, Path]
@@ -59,10 +60,14 @@ class Work:
             and is_vocabulary(name)
             and shape[0] != self.base.entries[name].shape[0]
         }
-        config, said = card.changed_config(
-            self.base, dtype=self.wanted.dtype, rows=rows, changes=self.job.config
+        configs, said = card.configurations(
+            self.base,
+            dtype=self.wanted.dtype,
+            rows=rows,
+            changes=self.job.config,
+            added=self.job.added,
         )
-        notes = [*dict.fromkeys([*self.job.adapter.notes, *said])]
+        notes = [*dict.fromkeys([*self.job.adapter.notes, *said, *self._components()])]
         if self.loss is not None and self.loss.ratio > 1:
             notes.append(
                 f"the update is {self.loss.ratio:.3g} times as large as the weights: are alpha and scale "
@@ -89,7 +94,17 @@ class Work:
         scale = options["scale"]
         assert isinstance(scale, float | int)
         readme = card.model_card(self.base, self.base_name, self.adapter.name, float(scale), lines)
-        return Texts(config, readme, provenance, card.small_files(self.base, self.adapter, bool(rows)), notes)
+        copies = card.small_files(self.base, self.adapter, bool(rows))
+        return Texts(configs, readme, provenance, copies, notes)
+
+    def _components(self) -> list[str]:
+        """Which of a pipeline's models are changed, and which are not."""
+        if not self.base.parts:
+            return []
+        counts = Counter(name.partition(".")[0] for name in self.plan.changed)
+        changed = ", ".join(f"{name} ({counts[name]} tensors)" for name in self.base.parts if name in counts)
+        same = ", ".join(name for name in self.base.parts if name not in counts)
+        return [f"changed: {changed or 'nothing'}" + (f"; not changed: {same}" if same else "")]
 
     def write(
         self,
@@ -98,7 +113,9 @@ class Work:
         threads: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        """Write all files; ``config.json``, without which nothing loads, is the last."""
+        """Write all files; the configuration without which nothing loads is the last."""
+        for component in self.base.parts:
+            (staging / component).mkdir()
         writer = Writer(staging)
         try:
             stream(self.plan.shards, writer, threads=threads, progress=progress)
@@ -108,30 +125,46 @@ class Work:
         for name, source in texts.copies.items():
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, staging / name)
-        if len(self.plan.shards) > 1 or self.base.index:
-            about = self.base.index.get("metadata")
-            kept = dict(about) if isinstance(about, dict) else {}
-            write_index(staging, self.plan.weight_map, {**kept, "total_size": self.plan.total_size})
+        for folder, model in self.base.models.items():
+            self._index(staging, folder, model)
         (staging / "README.md").write_text(texts.card, encoding="utf-8")
+        names = list(texts.configs)
+        for name in names[:-1]:
+            (staging / name).write_bytes(texts.configs[name])
         self._record(staging, texts, threads)
-        if texts.config is not None:
-            last(staging, "config.json").write_bytes(texts.config)
+        for name in names[-1:]:
+            last(staging, name).write_bytes(texts.configs[name])
+
+    def _index(self, staging: Path, folder: str, model: Checkpoint) -> None:
+        """One model's index, if it has several files or had an index."""
+        shards = [s for s in self.plan.shards if s.name.rpartition("/")[0] == folder]
+        if len(shards) < 2 and not model.index:
+            return
+        about = model.index.get("metadata")
+        kept = dict(about) if isinstance(about, dict) else {}
+        files = {s.name for s in shards}
+        table = {
+            self.base.stored_name(name): file.rpartition("/")[2]
+            for name, file in self.plan.weight_map.items()
+            if file in files
+        }
+        total = sum(s.data_bytes for s in shards)
+        write_index(staging / folder, table, {**kept, "total_size": total}, model.names)
 
     def _record(self, staging: Path, texts: Texts, threads: int | None) -> None:
         """graft.json with the hashes of every input and output file."""
         made = {s.name: _told(s.written, s.size) for s in self.plan.shards}
         used = {s.name: _told(s.read, s.size) for s in self.plan.shards if s.background is not None}
         for file in self.base.files:
-            if file.name not in used:
-                used[file.name] = inputs.digest(file, threads)
-        if texts.config is not None:
-            used["config.json"] = inputs.digest(self.base.folder / "config.json", 1)
+            if self.base.place(file) not in used:
+                used[self.base.place(file)] = inputs.digest(file, threads)
+        for name in texts.configs:
+            used[name] = inputs.digest(self.base.folder / name, 1)
         for path in sorted(p for p in staging.rglob("*") if p.is_file()):
             name = str(path.relative_to(staging))
             if name not in made:
                 made[name] = inputs.digest(path, 1)
-        if texts.config is not None:
-            made["config.json"] = inputs.digest_bytes(texts.config)
+        made.update({name: inputs.digest_bytes(text) for name, text in texts.configs.items()})
         base = {"name": self.base_name, "files": used}
         table = {**texts.provenance, "base": base, "output": {"files": made}}
         text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"

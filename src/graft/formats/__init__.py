@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..adapter import Adapter
+from ..bind_components import only
 from ..errors import FormatError
 from .container import Container
 from .holding import carried
@@ -28,6 +29,7 @@ def read(
     config: Path | None = None,
     enable_lora: EnableLora | None = None,
     model: Mapping[str, object] | None = None,
+    component: str | None = None,
 ) -> Adapter:
     """Read an adapter file or directory, recognised by its content.
 
@@ -39,6 +41,7 @@ def read(
         enable_lora: loralib's MergedLinear: which output blocks are adapted, e.g. ``[True, False, True]``,
             or such a list for each module by the end of its name.
         model: the base's ``config.json``, for formats that have names or an order of rows of their own.
+        component: only the part for this model of a diffusers pipeline (``unet``, ``text_encoder``).
     Returns:
         The adapter with the names and shapes of its file; :func:`graft.bind.bind` fits it to a base.
     Raises:
@@ -51,7 +54,9 @@ def read(
 
     source = find_source(Path(path), CONTAINERS, recognised, config)
     adapter = (chosen or _detected(source)).read(source, Options(alpha, enable_lora, model))
-    return replace(adapter, beside=source.beside, notes=(*adapter.notes, *source.notes), files=source.files)
+    adapter = replace(adapter, beside=source.beside, files=source.files)
+    adapter = replace(adapter, notes=(*adapter.notes, *source.notes))
+    return adapter if component is None else only(adapter, component)
 
 
 def write(

@@ -21,6 +21,7 @@ class Holds:
     Args:
         name: of the format, for messages.
         embeddings, convolutions, experts, dora, shifts, rows: whether it holds these.
+        turned: whether its linear weights may be stored ``[in, out]``.
         full: the full tensors that it holds, by name.
     """
 
@@ -31,6 +32,7 @@ class Holds:
     dora: bool = False
     shifts: bool = False
     rows: bool = False
+    turned: bool = True
     full: Callable[[str], bool] = lambda name: False
 
     def losses(self, adapter: Adapter) -> list[Loss]:
@@ -63,6 +65,8 @@ class Holds:
             return UNTOLD
         if site.kind == "embedding":
             return "" if self.embeddings else f"{self.name} has no LoRA for embeddings"
+        if layout.transposed and not self.turned:
+            return f"{self.name} has no weights that are stored [in, out]"
         if len(shape) > 2 and not self.convolutions:
             return f"{self.name} has no LoRA for convolutions"
         try:

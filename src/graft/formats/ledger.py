@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Container, Iterable, Mapping
 
 import torch
 
@@ -29,13 +30,28 @@ class Ledger:
         self._taken.add(key)
         return self._tensors[key]
 
+    def number(self, key: str) -> float | None:
+        """The one finite number that the tensor of this key holds; None, and a fault, if it is another."""
+        tensor = self.take(key)
+        value = float(tensor.double().item()) if tensor.numel() == 1 else math.nan
+        if math.isfinite(value):
+            return value
+        self.problems.add(f"{key} must be one finite number; it has shape {list(tensor.shape)}")
+        return None
+
     def left(self) -> list[str]:
         """Keys not taken yet, in the file's order."""
         return [key for key in self._tensors if key not in self._taken]
 
-    def check_tensors(self) -> None:
-        """Record every tensor that is empty, not floating point, or not finite."""
+    def check_tensors(self, numbers: Container[str] = ()) -> None:
+        """Record every tensor that is empty, not floating point, or not finite.
+
+        Args:
+            numbers: keys of single numbers, which :meth:`number` takes and checks.
+        """
         for key, tensor in self._tensors.items():
+            if key in numbers:
+                continue
             if tensor.numel() == 0:
                 self.problems.add(
                     f"{key} is empty, shape {list(tensor.shape)}: the writer did not gather its shards "

@@ -11,9 +11,11 @@ from .adapterhub import AdapterHubFormat
 from .container import Container, EngineCheckpoint, TensorFile
 from .dcp.checkpoint import DistributedCheckpoint
 from .deepspeed_chat import DeepSpeedChatFormat
+from .diffusers import DiffusersFormat
 from .gguf.container import GgufFile
 from .gguf.format import GgufFormat
 from .graft_states import GraftFormat
+from .kohya import KohyaFormat
 from .litgpt import LitgptFormat
 from .loralib import LoralibFormat
 from .megatron.format import MegatronFormat
@@ -42,6 +44,8 @@ FORMATS: tuple[Format, ...] = (
     MistralFormat(),
     LitgptFormat(),
     TorchtuneFormat(),
+    KohyaFormat(),
+    DiffusersFormat(),
     PeftFormat(),
     LoralibFormat(),
 )

@@ -25,6 +25,8 @@ _PREFERRED = (
     "adapter.safetensors",
     "pytorch_adapter.bin",
     "lit_model.pth.lora",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
 )
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".lora", ".gguf")
 CONFIG_NAME = "adapter_config.json"
