@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -37,8 +37,11 @@ def test_on_several_processes(world: int, name: str, results: Results) -> None:
             pytest.fail(f"process {rank}:\n{result[name]}", pytrace=False)
 
 
-def test_a_process_that_dies_in_export_leaves_nothing_and_stops_the_other(tmp_path: Path) -> None:
-    codes = start(2, death, tmp_path)
+@pytest.mark.parametrize("gather", [False, True])
+def test_a_process_that_dies_in_export_leaves_nothing_and_stops_the_other(
+    tmp_path: Path, gather: bool
+) -> None:
+    codes = start(2, partial(death, gather=gather), tmp_path)
     assert codes == [0, 7]
     report = json.loads((tmp_path / "death.json").read_text())
     assert report["met"] != "nothing" and not report["left"], report

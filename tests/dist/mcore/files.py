@@ -119,23 +119,29 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _exports(folder: Path, dtype: torch.dtype | None = None, **settings: Any) -> dict[str, torch.Tensor]:
-    """Export at the full size and at TP 1: the same bits, which a plain TP 1 model takes and runs."""
+def _exports(
+    folder: Path, dtype: torch.dtype | None = None, tp: int | None = None, **settings: Any
+) -> dict[str, torch.Tensor]:
+    """Export a split model, which a plain TP 1 model takes and runs; fused shards are cut from it."""
     import graft
 
-    world = dist.get_world_size()
+    tp = tp or dist.get_world_size()
     targets = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "word_embeddings"]
-    model = gpt(world, sequence_parallel=bool(settings.get("experts")), **settings)
+    model = gpt(tp, sequence_parallel=bool(settings.get("experts")), **settings)
     adapt(model, targets)
     fill(model)
     for name, p in model.named_parameters():
         if name.endswith("bias"):  # not one number throughout, so that an order of parts can be seen
-            part = dist.get_rank() if getattr(p, "tensor_model_parallel", False) else 0
+            part = dist.get_rank() % tp if getattr(p, "tensor_model_parallel", False) else 0
             p.data = (torch.arange(p.numel()) / 64 + 2.0 * part).to(p.dtype)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     out = graft.export(model, folder / "model", dtype=dtype)
+    # the same where no file is shared by the processes, and every weight travels
+    graft.export(model, folder / "gathered", dtype=dtype, gather=True)
     dist.barrier()
     assert sorted(p.name for p in out.iterdir()) == ["model.safetensors"]
+    ways = [(folder / way / "model.safetensors").read_bytes() for way in ("model", "gathered")]
+    assert ways[0] == ways[1]
     assert all(torch.equal(bits(p), bits(before[n])) for n, p in model.named_parameters())
     state = _read(out)
     assert not any("lora_" in n or n.endswith("_extra_state") for n in state)
@@ -144,17 +150,17 @@ def _exports(folder: Path, dtype: torch.dtype | None = None, **settings: Any) ->
         missing, unexpected = plain.load_state_dict(state, strict=False)
         assert not unexpected and all(n.endswith("_extra_state") for n in missing), (missing, unexpected)
         loss = float(loss_of(plain).detach())
-        shim.parallel(world)
+        shim.parallel(tp)
         graft.fuse(model.eval())
-        _shards_are_cut_from(model, state)
+        _shards_are_cut_from(model, state, tp)
         limit = 1e-5 if state["embedding.word_embeddings.weight"].dtype == torch.float32 else 2e-2
         assert abs(float(loss_of(model).detach()) - loss) < limit * abs(loss), loss
     return state
 
 
-def _shards_are_cut_from(model: Any, state: dict[str, torch.Tensor]) -> None:
+def _shards_are_cut_from(model: Any, state: dict[str, torch.Tensor], size: int) -> None:
     """By Megatron's own rule: ``[gate; up]`` in bands, all else one after another."""
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank() % size
     for name, p in model.named_parameters():
         if "lora_" in name:
             continue
@@ -167,6 +173,9 @@ def _shards_are_cut_from(model: Any, state: dict[str, torch.Tensor]) -> None:
 
 @check(2, 4)
 def export_of_a_model_for_one_process(folder: Path) -> None:
+    """At 4 also with replicas of each part, of which one writes."""
+    if dist.get_world_size() == 4:
+        _exports(folder / "replicas", tp=2, tied=False)
     state = _exports(folder, tied=False, params_dtype=torch.bfloat16)
     assert state["output_layer.weight"].shape == (64, 32)
     assert state["decoder.layers.0.mlp.linear_fc1.weight"].shape == (96, 32)
@@ -240,25 +249,27 @@ def export_that_fails_on_one_process_leaves_nothing(folder: Path) -> None:
 # --- a process that dies --------------------------------------------------------------------------------
 
 
-def death(rank: int, world: int, folder: str) -> None:
-    """The second process dies while it writes; the first says what it met and what is left."""
+def death(rank: int, world: int, folder: str, gather: bool) -> None:
+    """The second process dies while it sends or writes; the first says what it met and what is left."""
     import graft
+    from graft.engines.megatron import ENGINE
     from graft.shared_files import Filler
 
     shim.start(rank, world, f"{folder}/store")
     model = gpt(2, tied=False)
     adapt(model, LINEARS)
-    real, calls = Filler.write, iter(range(1000))
+    owner, name = (type(ENGINE), "collect") if gather else (Filler, "write")
+    real, calls = getattr(owner, name), iter(range(1000))
 
-    def dying(self: Filler, *args: Any) -> None:
+    def dying(self: Any, *args: Any) -> Any:
         if rank == 1 and next(calls) == 4:
             os._exit(7)
-        real(self, *args)
+        return real(self, *args)
 
-    Filler.write = dying  # type: ignore[method-assign]
+    setattr(owner, name, dying)
     began = time.perf_counter()
     try:
-        graft.export(model, Path(folder) / "out" / "model")
+        graft.export(model, Path(folder) / "out" / "model", gather=gather)
         met = "nothing"
     except Exception as error:
         met = repr(error)
