@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.dist import megatron_shim as shim
-from tests.dist.megatron_work import gpt, tokens
+from tests.dist.mcore import shim
+from tests.dist.mcore.models import gpt, tokens
 
 ALPHA, RANK = 12.0, 4
 #: adapters that Graft wrote before, to be loaded: directory → rank

@@ -27,7 +27,8 @@ from graft.fuse_files import fuse  # noqa: E402
 from graft.layout import Layout  # noqa: E402
 from tests.dist import bridge_work  # noqa: E402
 from tests.dist.bridge_work import ALPHA, GROUPS, HEAD, HEADS, RANK, WRITTEN, work  # noqa: E402
-from tests.dist.megatron_work import tokens  # noqa: E402
+from tests.dist.mcore.models import tokens  # noqa: E402
+from tests.dist.mcore.run import start  # noqa: E402
 from tests.files import make  # noqa: E402
 
 SIZES: dict[str, Any] = {
@@ -69,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, ours in OURS.items():
         notes = write(ours, folder / name, format="megatron", model=CONFIG)
         assert any("one A" in note for note in notes) == (name == "graft-lora")
-    torch.multiprocessing.spawn(work, (2, str(folder)), nprocs=2)  # type: ignore[attr-defined]
+    assert start(2, work, folder) == [0, 0]
     for rank in range(2):
         failed = json.loads((folder / f"{rank}.json").read_text())
         assert not failed, f"process {rank}:\n{failed}"
