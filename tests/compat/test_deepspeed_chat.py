@@ -418,7 +418,7 @@ def test_the_adapter_is_a_plain_lora(tmp_path: Any) -> None:
     graft.load(again, tmp_path / "adapter", quiet=True)
     assert bits(again) == bits(m)
     names = list(graft.state_dict(m))
-    assert names[:2] == ["layers.0.q_proj.lora_left_weight", "layers.0.q_proj.lora_right_weight"]
+    assert names[:2] == ["layers.0.q_proj.lora_right_weight", "layers.0.q_proj.lora_left_weight"]
 
 
 def test_factors_are_no_targets() -> None:

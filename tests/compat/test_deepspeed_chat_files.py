@@ -190,3 +190,13 @@ def test_the_names_of_the_files() -> None:
         "config.json",
         "train_args.pt",
     )
+
+
+def test_grafts_file_of_the_format_is_the_factors(tmp_path: Path) -> None:
+    m = converted(lora_scaling=2)
+    graft.save(m, tmp_path / "lora.bin", format="deepspeed-chat", trained=False)
+    tensors = torch.load(tmp_path / "lora.bin", weights_only=True)
+    again = dschat.convert_linear_layer_to_lora(model(), "layers.", 3, 2)
+    missing, unexpected = again.load_state_dict(tensors, strict=False)
+    assert not unexpected and not [n for n in missing if "lora_" in n.rpartition(".")[2]]
+    assert bits(again) == bits(m)
