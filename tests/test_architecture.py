@@ -30,6 +30,7 @@ ROOMS = {
     "files": "files files.* fuse_files verify_files inspect_files",
     "bridge": "persist export_model export_write",
     "compat": "compat compat.*",
+    "train": "train train.*",
     "cli": "cli cli.* __main__",
 }
 
@@ -44,6 +45,7 @@ BELOW = {
     "files": "numbers carrier storage formats",
     "bridge": "numbers carrier engines model storage formats",
     "compat": "numbers carrier engines model storage formats bridge",
+    "train": "numbers carrier engines model storage formats bridge",
     "cli": "numbers carrier storage formats files",
 }
 

@@ -114,6 +114,18 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def remove_directory(folder: Path) -> None:
+    """Remove a directory that :func:`atomic_directory` made: at once from its name, then from the disk.
+
+    Raises:
+        OutputError: no permission.
+    """
+    hidden = folder.parent / f".{folder.name[:100]}.graft-{os.getpid()}-{secrets.token_hex(4)}"
+    with output_errors(folder):
+        folder.rename(hidden)
+    _remove(hidden)
+
+
 def last(staging: Path, name: str) -> Path:
     """Where to write the file ``name`` so that it gets its name together with the whole directory.
 

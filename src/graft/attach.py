@@ -115,7 +115,11 @@ def unadapted(cls: type[nn.Module]) -> type[nn.Module]:
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class that the model was made of: without Graft's and without FSDP2's."""
-    cls = plain_class(module)
+    return without_fsdp(plain_class(module))
+
+
+def without_fsdp(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that ``fully_shard`` was given."""
     while _by_fsdp(cls):
         cls = cls.__bases__[-1]
     return cls

@@ -19,7 +19,7 @@ from . import engine_of, masters, world
 from .plain import Plain
 from .protocol import Engine
 
-_WRAPPERS = {"DeepSpeedEngine", "DistributedDataParallel", "Float16Module"}
+_WRAPPERS = {"DeepSpeedEngine", "DistributedDataParallel", "Float16Module", "PartOfWrapped"}
 _REFUSED = {
     "PipelineEngine": "DeepSpeed's pipeline engine cuts the model into stages; use ZeRO without pipeline",
     "FullyShardedDataParallel": "FSDP1 replaces weights by flat parameters; use torch's fully_shard (FSDP2)",
@@ -46,6 +46,17 @@ def is_wrapped(model: nn.Module) -> bool:
 
 def _names(model: nn.Module) -> set[str]:
     return {c.__name__ for c in type(model).__mro__}
+
+
+class PartOfWrapped(nn.Module):
+    """A part of a model that all processes train together, to be given to a verb as an engine object is.
+
+    A wrapper (DDP, DeepSpeed) is around the whole model, and a trainer may keep it to itself.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
 
 
 class Replicas(world.Team, Plain):
