@@ -1,8 +1,8 @@
 """The names that Black Forest Labs' code has for the modules of Flux; sd-scripts trains Flux under them.
 
 Its q, k and v (and in single blocks the MLP too) are one module whose rows are those of diffusers' modules
-one after the other. Source: kohya-ss/sd-scripts, ``networks/convert_flux_lora.py``; for the final layer
-diffusers, ``scripts/convert_flux_to_diffusers.py``.
+one after the other. Source: kohya-ss/sd-scripts, ``networks/convert_flux_lora.py``; diffusers,
+``loaders/lora_conversion_utils.py``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The names that the LDM code has for the modules of a diffusers UNet; sd-scripts trains SDXL under them.
 
 LDM counts all blocks of the way down (``input_blocks``) and up (``output_blocks``) through, diffusers
-counts the layers of each resolution. Source: diffusers,
-``pipelines/stable_diffusion/convert_from_ckpt.py``, read from the base's names towards LDM's.
+counts the layers of each resolution. Source: diffusers, ``loaders/lora_conversion_utils.py`` and
+``utils/state_dict_utils.py``, here from the base's names towards LDM's.
 """
 
 from __future__ import annotations

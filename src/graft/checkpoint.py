@@ -88,10 +88,8 @@ class Checkpoint:
         return self._loaded[entry.file][name]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of a model directory: single or sharded, safetensors or .bin (weights_only).
-
-    A diffusers pipeline is read as one, its models together.
+def open_model(folder: Path) -> Checkpoint:
+    """Read the headers of one model's directory: single or sharded, safetensors or .bin (weights_only).
 
     Raises:
         FormatError: no weights, missing or damaged shards, an index that disagrees with them or names
@@ -101,10 +99,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         why = "is not a directory" if folder.exists() else "does not exist"
         raise FormatError(f"{folder} {why}; give the directory of a model in Hugging Face layout")
-    if (folder / PIPELINE).exists():
-        from .pipeline import open_pipeline
-
-        return open_pipeline(folder)
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     for names, single, index in places(folder):
         if names.variant:

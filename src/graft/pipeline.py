@@ -6,10 +6,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .checkpoint import PIPELINE, Checkpoint, open_checkpoint, read_json
+from .checkpoint import PIPELINE, Checkpoint, open_model, read_json
 from .errors import FormatError, Problems
 from .safetensors_header import Entry, Header
 from .weight_names import SUFFIXES
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of a directory: a model's, or a diffusers pipeline's with all its models.
+
+    Raises:
+        FormatError: as :func:`graft.checkpoint.open_model` and :func:`open_pipeline` raise it.
+    """
+    folder = Path(folder)
+    return open_pipeline(folder) if (folder / PIPELINE).exists() else open_model(folder)
 
 
 def open_pipeline(folder: Path) -> Checkpoint:
@@ -30,7 +40,7 @@ def open_pipeline(folder: Path) -> Checkpoint:
         elif not place.is_dir():
             problems.add(f"the component {component} is missing")
         elif any(path.suffix in SUFFIXES for path in place.iterdir()):
-            parts[component] = open_checkpoint(place)
+            parts[component] = open_model(place)
     problems.raise_if_any("Download the pipeline again, or give one of its models' folders as the base.")
     if not parts:
         raise FormatError(f"{folder}: none of the components in {PIPELINE} holds weights")

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from .atomic import atomic_directory, check_out, output_errors
-from .checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, read_json
+from .checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from .mapped import load_file, metadata
 from .pickled import load_pickled
+from .pipeline import open_checkpoint
 from .safetensors_header import Entry, Header, build_header, nbytes, read_header
 from .weight_names import WeightNames
 

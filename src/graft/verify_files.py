@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from . import formats
-from .checkpoint import Checkpoint, open_checkpoint, read_json
+from .checkpoint import Checkpoint, read_json
 from .errors import FormatError, Problems, VerifyError
 from .files import inputs
 from .files.compare import MEND, Compared
@@ -20,6 +20,7 @@ from .files.stream import stream
 from .files.work import PROVENANCE
 from .formats.protocol import EnableLora
 from .fuse_files import DTYPES
+from .tensors import open_checkpoint
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def test_json_has_the_fields_that_are_promised(pair: Pair) -> None:
     }
     assert set(model) == {
         *("what", "path", "format", "model_type", "architectures", "files", "tensors", "parameters"),
-        *("bytes", "dtypes", "quantised", "fused", "notes"),
+        *("bytes", "dtypes", "components", "quantised", "fused", "notes"),
     }
     assert (adapter["what"], model["what"]) == ("adapter", "model")
 

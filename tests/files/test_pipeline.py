@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from graft.bind import bind
-from graft.checkpoint import open_checkpoint
 from graft.cli.app import cli
 from graft.errors import BaseMismatchError, FormatError, OutputError, StateError, VerifyError
 from graft.files.convert import convert
@@ -21,6 +20,7 @@ from graft.formats import read
 from graft.fuse_files import fuse
 from graft.inspect_files import ModelReport, inspect
 from graft.rounding import round_once
+from graft.tensors import open_checkpoint
 from graft.verify_files import verify
 from tests.formats.kohya_files import TEXT, UNET, module, tensors
 
@@ -292,8 +292,19 @@ def test_convert_names_the_component_by_the_base(base: Path, lora: Path, tmp_pat
     assert_same(expected(base, tmp_path / "k"), expected(base, lora))
     convert(lora, tmp_path / "u", to="diffusers", base=base / "unet", component="unet")
     assert read(tmp_path / "u").components == {"unet"}
-    report = convert(tmp_path / "d", tmp_path / "p", to="peft", component="unet")
-    assert report.sites == len(UNET)
+
+
+def test_formats_of_one_model_get_its_own_names(base: Path, lora: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"for one model.*--component text_encoder"):
+        convert(lora, tmp_path / "p", to="peft", base=base)
+    convert(lora, tmp_path / "d", to="diffusers", base=base)
+    for name, source, place in (("a", lora, base), ("b", lora, base / "unet"), ("c", tmp_path / "d", None)):
+        convert(source, tmp_path / name, to="peft", base=place, component="unet")
+        assert read(tmp_path / name).sites.keys() == UNET.keys()
+        fuse(base / "unet", tmp_path / name, tmp_path / f"fused-{name}")
+        fuse(base, tmp_path / name, tmp_path / f"whole-{name}")
+        one, whole = weights(tmp_path / f"fused-{name}"), weights(tmp_path / f"whole-{name}")
+        assert_same(one, {n.removeprefix("unet."): t for n, t in whole.items() if n.startswith("unet.")})
 
 
 def test_the_command(base: Path, lora: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from graft.bind import bind
 from graft.errors import FormatError
 from graft.formats import FORMATS, Source, read, written
 from graft.formats.container import TensorFile
-from graft.formats.diffusers import METADATA_KEY
 from graft.formats.diffusers_keys import parse
+from graft.formats.diffusers_settings import METADATA_KEY
 from graft.formats.protocol import Target
 from graft.formats.source import open_source
 

@@ -94,6 +94,7 @@ def convert(
         bound = bind(read, found.shapes, config=found.config)
         fingerprint.check(bound.base, lambda one: found.read(one) if one in found.entries else None)
         name = inputs.base_name(base, found, read.config.get("base_model_name_or_path"))
+    bound = _for_one_model(bound, writer, frozenset(found.parts) if found is not None else read.components)
     done = formats.written(bound, out, writer, formats.Target(name, model), accept_loss=accept_loss)
     return ConvertReport(
         adapter=str(adapter),
@@ -117,6 +118,25 @@ def _writer(to: str | None, serve: str | None) -> formats.Writer:
     if serve not in formats.SERVERS:
         raise FormatError(f"unknown server {serve!r}; use one of: {', '.join(formats.SERVERS)}")
     return formats.SERVERS[serve]
+
+
+def _for_one_model(bound: Adapter, writer: formats.Writer, components: frozenset[str]) -> Adapter:
+    """Under the model's own names, for a format that is of one model.
+
+    Args:
+        components: the models of a pipeline that the adapter's names begin with, if they do.
+    Raises:
+        FormatError: the adapter is for several models.
+    """
+    if not components or writer.name in formats.PIPELINES:
+        return bound
+    changed = sorted({name.partition(".")[0] for name in bound.touched})
+    if len(changed) > 1:
+        raise FormatError(
+            f"{writer.name} files are for one model, and this adapter changes {', '.join(changed)}; choose "
+            f"one: --component {changed[0]}"
+        )
+    return bound.renamed(lambda name: name.partition(".")[2])
 
 
 def _alone(adapter: Adapter) -> Adapter:

@@ -13,9 +13,9 @@ import torch
 from .. import checksum
 from ..adapter import Adapter
 from ..bind import bind
-from ..checkpoint import PIPELINE, Checkpoint, open_checkpoint
+from ..checkpoint import PIPELINE, Checkpoint
 from ..errors import BaseMismatchError, FormatError, OutputError
-from ..tensors import read_json
+from ..tensors import open_checkpoint, read_json
 from . import heads, tied
 from .experts import in_memory
 from .packed import Both, Part

@@ -12,12 +12,12 @@ from ..errors import FormatError
 from .container import Container
 from .holding import carried
 from .protocol import EnableLora, Format, Options, Target, Writer, Written
-from .registry import CONTAINERS, FORMATS, SERVERS, WRITERS
+from .registry import CONTAINERS, FORMATS, PIPELINES, SERVERS, WRITERS
 from .source import Source, find_source
 
 __all__ = [
-    "CONTAINERS", "FORMATS", "SERVERS", "WRITERS", "Container", "Format", "Options", "Source", "Target",
-    "Writer", "Written", "read", "write", "writer", "written",
+    "CONTAINERS", "FORMATS", "PIPELINES", "SERVERS", "WRITERS", "Container", "Format", "Options", "Source",
+    "Target", "Writer", "Written", "read", "write", "writer", "written",
 ]  # fmt: skip
 
 

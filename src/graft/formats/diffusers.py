@@ -7,26 +7,21 @@ then the scale is 1. Source: diffusers, ``loaders/peft.py`` and ``loaders/lora_b
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from ..adapter import Adapter, LowRank
 from ..errors import FormatError
 from ..fingerprint import loads
+from . import diffusers_settings
 from .diffusers_keys import Key, parse
+from .diffusers_settings import METADATA_KEY
 from .ledger import Ledger, listed
-from .peft import config as peft_config
 from .peft.config import LoraSettings
 from .protocol import Loss, Options, Target, Written
 from .source import Source
-
-#: key of the settings in a safetensors file's metadata
-METADATA_KEY = "lora_adapter_metadata"
 
 
 class DiffusersFormat:
@@ -81,7 +76,7 @@ class _Reader:
         """
         self.ledger = Ledger(self.source.tensors, self.source.weights)
         self._collect()
-        settings = _settings(self.source, {component for component, _ in self.modules})
+        settings = diffusers_settings.read(self.source, {component for component, _ in self.modules})
         alphas = {roles["alpha"].text for roles in self.modules.values() if "alpha" in roles}
         if settings and alphas:
             self.ledger.problems.add(
@@ -183,38 +178,6 @@ class _Reader:
                 f"{roles['A'].text}: use_dora is {settings.dora}, and there is {which} lora_magnitude_vector"
             )
         return scale
-
-
-def _settings(source: Source, components: set[str]) -> dict[str, LoraSettings]:
-    """PEFT's settings of each component that the metadata speaks of.
-
-    Raises:
-        FormatError: metadata that cannot be read, or settings that cannot be honoured.
-    """
-    text = source.metadata.get(METADATA_KEY)
-    if text is None:
-        return {}
-    where = f"{source.weights}: the metadata {METADATA_KEY}"
-    try:
-        table: object = json.loads(str(text))
-    except ValueError as error:
-        raise FormatError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise FormatError(f"{where} holds no JSON object")
-    found: dict[str, LoraSettings] = {}
-    for component in sorted(components):
-        mine = _of(cast("dict[str, object]", table), component)
-        if mine:
-            found[component] = peft_config.parse(
-                {"peft_type": "LORA", **mine}, f"{where}, {component or 'whole'},"
-            )
-    return found
-
-
-def _of(table: Mapping[str, object], component: str) -> dict[str, object]:
-    """The settings of one component, without its name; of a file for one model, all of them."""
-    start = f"{component}." if component else ""
-    return {key.removeprefix(start): value for key, value in table.items() if key.startswith(start)}
 
 
 def _explain(key: str) -> str:

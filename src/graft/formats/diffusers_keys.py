@@ -78,8 +78,7 @@ def _old_module(parts: list[str], component: str) -> tuple[str, int]:
 
 def _module_of_alpha(parts: list[str], component: str) -> str:
     """The module whose alpha it is: the layer's own name, or a factor's, may stand in between."""
-    if parts[-1] == "weight":
-        parts = parts[:-1]
-    if parts[-1] in (*_SIDES, "lora_A", "lora_B"):
-        parts = parts[:-1]
+    for between in ({"weight"}, {*_SIDES, "lora_A", "lora_B"}):
+        if len(parts) > 1 and parts[-1] in between:
+            parts = parts[:-1]
     return _old_module(parts, component)[0]

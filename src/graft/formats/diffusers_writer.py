@@ -7,8 +7,6 @@ Scales are folded into B where that is exact: then the file needs no settings, a
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -18,15 +16,13 @@ from ..fingerprint import dumps
 from ..tensors import save_file
 from .blocks import joined
 from .components import nameless, with_components
-from .diffusers import METADATA_KEY
+from .diffusers_settings import METADATA_KEY, table_of
 from .holding import Holds
-from .ledger import listed
 from .protocol import Loss, Target, Written
 from .state_file import save_new
-from .uniform import alpha_of, with_scale
+from .uniform import with_scale
 
 _HOLDS = Holds("diffusers", convolutions=True, dora=True, turned=False)
-Names = dict[str, tuple[str, str]]
 
 
 def losses(adapter: Adapter, target: Target) -> list[Loss]:
@@ -61,7 +57,7 @@ def write(adapter: Adapter, path: Path, target: Target) -> Written:
     if not rounded:
         sites = folded
     else:
-        metadata[METADATA_KEY] = json.dumps(_settings(sites, names, notes), indent=2, sort_keys=True)
+        metadata[METADATA_KEY] = json.dumps(table_of(sites, names, notes), indent=2, sort_keys=True)
         notes.append(
             "the scales are in the file's metadata, which diffusers reads; loaders that do not, such as "
             "ComfyUI, would take 1"
@@ -88,35 +84,3 @@ def _module(key: str, site: LowRank) -> dict[str, torch.Tensor]:
         shape = (1, -1, *ones) if ones else (-1,)
         found[f"{key}.lora_magnitude_vector"] = site.magnitude.reshape(shape)
     return found
-
-
-def _settings(sites: dict[str, LowRank], names: Names, notes: list[str]) -> dict[str, object]:
-    """PEFT's settings of each component, in one table."""
-    table: dict[str, object] = {}
-    inexact: list[str] = []
-    for component in dict.fromkeys(component for component, _ in names.values()):
-        mine = {rest.removesuffix(".weight"): sites[n] for n, (c, rest) in names.items() if c == component}
-        alphas = {module: alpha_of(site.scale, site.rank) for module, site in mine.items()}
-        inexact += [module for module, site in mine.items() if alphas[module] / site.rank != site.scale]
-        rank = Counter(site.rank for site in mine.values()).most_common(1)[0][0]
-        alpha = Counter(alphas.values()).most_common(1)[0][0]
-        told: dict[str, object] = {
-            "peft_type": "LORA",
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {_anchored(m): site.rank for m, site in mine.items() if site.rank != rank},
-            "alpha_pattern": {_anchored(m): a for m, a in alphas.items() if a != alpha},
-            "target_modules": sorted(mine),
-            "use_dora": any(site.magnitude is not None for site in mine.values()),
-            "use_rslora": False,
-            "lora_bias": False,
-            "bias": "none",
-        }
-        table |= {f"{component}.{key}": value for key, value in told.items()}
-    if inexact:
-        notes.append(f"alpha / rank differs from the scale in the 16th digit: {listed(inexact)}")
-    return table
-
-
-def _anchored(module: str) -> str:
-    return "^" + re.escape(module)

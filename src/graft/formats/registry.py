@@ -53,5 +53,8 @@ FORMATS: tuple[Format, ...] = (
 #: the formats that can be written, by name
 WRITERS: Mapping[str, Writer] = {one.name: one for one in FORMATS if isinstance(one, Writer)}
 
+#: formats whose files hold the adapters of several models of a diffusers pipeline
+PIPELINES = frozenset({KohyaFormat.name, DiffusersFormat.name})
+
 #: programs that serve adapters → the form that they load right
 SERVERS: Mapping[str, Writer] = {"vllm": PortablePeft()}
