@@ -58,7 +58,8 @@ def fuse_is_the_slice_of_the_dense_fuse(_: Path) -> None:
             graft.fuse(dense)
             with Wire() as wire:
                 assert graft.fuse(split) == 2
-            assert wire.sent < 500, f"fuse sent {wire.sent} bytes"
+            # some questions of 72 bytes to all processes, however large the model
+            assert wire.sent == 72 * wire.calls["all_reduce"] < 1000, (wire.sent, wire.calls)
             _are_slices(split, dense)
             assert all(not torch.equal(w, before[n]) for n, w in weights(split).items())
             graft.unfuse(split)
@@ -188,7 +189,7 @@ def bridges_own_merge_gives_the_same_shards(_: Path) -> None:
     with Wire() as wire:
         assert graft.fuse(model) == len(want) == 8
     thin = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" in n)
-    assert wire.sent < thin + 500, (wire.sent, thin)
+    assert wire.sent - 72 * wire.calls["all_reduce"] <= thin, (wire.sent, thin)
     for name, w in want.items():
         assert torch.equal(model.get_parameter(name).detach(), w), name
 
