@@ -129,5 +129,7 @@ def together(team: Engine) -> Generator[Together]:
         if not world.is_known(error):
             with suppress(Exception):  # a process that died cannot be told; the first error is the news
                 team.agree(False)
+            if not is_alone(team):
+                pass  # a work may be a step of another
         raise
     work.step()
