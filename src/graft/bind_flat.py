@@ -20,6 +20,8 @@ from .errors import BaseMismatchError, Problems
 
 _LDM = "LDM's names"
 _HEADING = "the adapter's names are spelled with _ for ., and of the base's:"
+#: how many names get a hint: each takes a search through all of the base's
+_HINTS = 12
 _ONE = "Remove one of the two from the file"
 _MEND = "Use the base that the adapter was trained on, with the names that it had then"
 
@@ -44,9 +46,9 @@ def spelled_out(adapter: Adapter, base: Shapes) -> Adapter:
     for key in keys:
         if len(ours[key]) > 1:
             problems.add(f"{key} may be any of {', '.join(ours[key])}")
-    for key in missing:
+    for n, key in enumerate(missing):
         if key not in theirs or key not in adapter.sites:
-            problems.add(f"{key} is none{nearest(key, list(meant))}")
+            problems.add(f"{key} is none" + (nearest(key, list(meant)) if n < _HINTS else ""))
         elif not theirs[key].fits(adapter.sites[key]):
             names, have = ", ".join(theirs[key].parts), adapter.sites[key].B.shape[0]
             problems.add(f"{key} has {have} outputs; it is {names} in the base, {theirs[key].rows} in all")

@@ -41,6 +41,13 @@ def test_a_component_that_the_pipeline_lacks_is_named(tmp_path: Path) -> None:
         bind(read(path), PIPELINE)
 
 
+def test_two_components_are_not_one_model(tmp_path: Path) -> None:
+    """``lora_unet`` may be a transformer, but not the one that ``lora_transformer`` is."""
+    path = stored({**module("lora_unet_a", (2, 2)), **module("lora_transformer_b", (2, 2))}, tmp_path)
+    with pytest.raises(BaseMismatchError, match=r"unet \(1 updates\), and the base has no such"):
+        bind(read(path), {"transformer.a.weight": (2, 2), "transformer.b.weight": (2, 2)})
+
+
 def test_faults_of_all_components_are_said_at_once(tmp_path: Path) -> None:
     base = {name.replace("q_proj", "query").replace("conv1", "first"): s for name, s in PIPELINE.items()}
     with pytest.raises(BaseMismatchError, match=r"(?s)text_encoder: .*q_proj.*unet: .*conv1"):

@@ -257,6 +257,18 @@ def test_like_names_of_other_formats_are_told_apart(found: dict[str, int], said:
     assert format_of(stored({key: torch.ones(2, 2) for key in found}, tmp_path)) == said
 
 
+def test_a_denoiser_s_names_are_not_taken_for_a_decoder(tmp_path: Path) -> None:
+    """MPT's names begin with ``transformer.blocks``, as some denoisers' do; the base tells them apart."""
+    name = "transformer.blocks.0.attn.Wqkv"
+    path = stored(
+        {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(4, 2)}, tmp_path
+    )
+    assert read(path).components == {"transformer"}
+    with pytest.raises(FormatError, match=r"the base is a mpt.*adapter_config\.json.*--adapter-config"):
+        read(path, model={"model_type": "mpt"})
+    assert read(path, model={"_class_name": "WanTransformer3DModel"}).sites
+
+
 def test_a_peft_configuration_beside_the_weights_decides(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 6}')
     path = stored(tensors(), tmp_path)

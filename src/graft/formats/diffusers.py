@@ -7,6 +7,7 @@ then the scale is 1. Source: diffusers, ``loaders/peft.py`` and ``loaders/lora_b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +41,9 @@ class DiffusersFormat:
 
     def read(self, source: Source, options: Options) -> Adapter:
         options.refuse_unused("diffusers", alpha=True, enable_lora=True)
-        return _Reader(source).read()
+        adapter = _Reader(source).read()
+        _refuse_other_base(adapter, options.model or {}, source)
+        return adapter
 
     def losses(self, adapter: Adapter, target: Target) -> list[Loss]:
         from . import diffusers_writer
@@ -56,6 +59,25 @@ class DiffusersFormat:
 def _of_pipeline(key: Key) -> bool:
     """Whether the name begins with a component; ``transformer.h`` is GPT-2's own."""
     return bool(key.component) and not (key.component == "transformer" and key.module.startswith("h."))
+
+
+def _refuse_other_base(adapter: Adapter, model: Mapping[str, object], source: Source) -> None:
+    """Names of a denoiser for a model of transformers: such a base may itself begin with ``transformer``.
+
+    Then they are PEFT's, without the configuration that says the scale.
+
+    Raises:
+        FormatError: the base is no model that the adapter could be for.
+    """
+    kind = model.get("model_type")
+    text = any(name.startswith("text_encoder") for name in adapter.components)
+    if isinstance(kind, str) and adapter.components and not text and METADATA_KEY not in source.metadata:
+        names = ", ".join(sorted(adapter.components))
+        raise FormatError(
+            f"{source.weights} holds LoRA for {names} of a diffusers pipeline by its names, and the base is "
+            f"a {kind}. If it is a PEFT adapter, put its {source.config_path.name}, which holds rank and "
+            "alpha, beside it or name it with --adapter-config"
+        )
 
 
 @dataclass
