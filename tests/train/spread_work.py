@@ -138,6 +138,7 @@ def _state(kind: str) -> dict[str, Any]:
     """TrainingArguments of DDP or DeepSpeed on the CPU, which accelerate knows only if it is told first."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
+    from transformers import training_args
 
     from tests.checkpoints.write import config
 
@@ -147,8 +148,11 @@ def _state(kind: str) -> dict[str, Any]:
         return {"use_cpu": True, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
-    settings = config(int(kind), {}) | {"train_micro_batch_size_per_gpu": 4}
-    return {"deepspeed": settings, "accelerator_config": {"use_configured_state": True}}
+    more = {"bf16": {"enabled": True}} if kind == "0" else {}
+    settings = config(int(kind), more) | {"train_micro_batch_size_per_gpu": 4}
+    training_args.is_torch_bf16_gpu_available = lambda: True  # type: ignore[attr-defined]
+    options = {"deepspeed": settings, "accelerator_config": {"use_configured_state": True}}
+    return options | {"bf16": kind == "0"}
 
 
 def _train(folder: Path, kind: str, how: str, callbacks: list[Any]) -> tuple[list[float], list[torch.Tensor]]:
@@ -201,6 +205,7 @@ CASES: dict[str, Callable[[Path, Report], None]] = {
     "lightning-3-peft": _lightning("3", "peft"),
     "lightning-fsdp2-peft": _lightning("fsdp2", "peft"),
     "trainer-ddp-graft": _trainer("ddp", "graft"),
+    "trainer-0-graft": _trainer("0", "graft"),
     "trainer-2-graft": _trainer("2", "graft"),
     "trainer-3-graft": _trainer("3", "graft"),
     "failing": _failing,

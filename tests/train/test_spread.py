@@ -62,19 +62,31 @@ def test_exports_compute_what_the_adapted_model_did(folder: Path, name: str) -> 
     assert made == folders and not list((folder / name / "trainer").glob("*"))
     seen, other = (torch.load(folder / f"{name}.{rank}.pt") for rank in range(2))
     for path, want, there in zip(folders[1:], seen, other, strict=True):
-        assert_computes(folder / name / path, want)
+        # masters of stage 0 in bf16: not the numbers that were run
+        assert_computes(folder / name / path, want, 2e-2 if name == "trainer-0-graft" else 2e-6)
         torch.testing.assert_close(there, want, rtol=0, atol=2e-6)
 
 
-def assert_computes(export: Path, want: torch.Tensor) -> None:
+def assert_computes(export: Path, want: torch.Tensor, far: float) -> None:
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
     fused = LlamaForCausalLM.from_pretrained(export / "fused")
-    torch.testing.assert_close(small.logits(fused), want, rtol=0, atol=2e-6)
+    torch.testing.assert_close(small.logits(fused), want, rtol=0, atol=far)
     plain = models.llama(dtype=torch.float32)
     adapted = PeftModel.from_pretrained(plain, export / "adapter")
-    torch.testing.assert_close(small.logits(adapted), want, rtol=0, atol=2e-6)
+    torch.testing.assert_close(small.logits(adapted), want, rtol=0, atol=far)
+
+
+def test_masters_of_an_engine_that_the_trainer_keeps_to_itself(folder: Path) -> None:
+    """Under stage 0 only the optimizer tells where they are."""
+    from safetensors.torch import load_file
+
+    reports(folder, "trainer-0-graft")
+    export = folder / "trainer-0-graft" / "2-6"
+    adapter = load_file(export / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for name, t in adapter.items() if ".lora_" in name} == {torch.float32}
+    assert {t.dtype for t in load_file(export / "fused" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_an_error_of_one_process_stops_both_and_leaves_nothing(folder: Path) -> None:

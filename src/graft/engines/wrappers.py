@@ -130,6 +130,6 @@ def together(team: Engine) -> Generator[Together]:
             with suppress(Exception):  # a process that died cannot be told; the first error is the news
                 team.agree(False)
             if not is_alone(team):
-                pass  # a work may be a step of another
+                world.known(error)  # a work may be a step of another
         raise
     work.step()

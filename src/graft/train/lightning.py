@@ -1,8 +1,10 @@
 """Lightning: a callback that exports the model while it trains.
 
-from graft.train.lightning import ExportCallback
+It is one more of the Trainer's callbacks::
 
-Trainer(callbacks=[ExportCallback("exports/epoch-{epoch}", masters=True)], strategy="deepspeed_stage_3")
+    from graft.train.lightning import ExportCallback
+
+    Trainer(callbacks=[ExportCallback("exports/epoch-{epoch}", masters=True)], strategy="deepspeed_stage_3")
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Hugging Face's Trainer: a callback that exports the model while it trains.
 
-from graft.train.transformers import ExportCallback
+It is one more of the Trainer's callbacks::
 
-Trainer(model, args, train_dataset=data, callbacks=[ExportCallback("exports/epoch-{epoch}")])
+    from graft.train.transformers import ExportCallback
+
+    Trainer(model, args, train_dataset=data, callbacks=[ExportCallback("exports/epoch-{epoch}")])
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from typing import Any
 
 from torch import nn
 
+from ..engines import masters
 from .exporter import Exporter
 
 
 class ExportCallback(Exporter):
-    """A callback for ``transformers.Trainer``, alone or under accelerate with DDP, DeepSpeed or FSDP2.
+    """A callback for ``transformers.Trainer``, alone or under accelerate with DDP or DeepSpeed.
 
     Epochs are counted when they are done, from 1, as in the Trainer's logs; steps are ``state.global_step``.
     The Trainer's ``processing_class`` is written beside the model unless ``tokenizer`` is given. What is
@@ -26,8 +29,17 @@ class ExportCallback(Exporter):
     _homes, _base = ("transformers",), "TrainerCallback"
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, *, model: nn.Module, processing_class: Any = None, **_: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        *,
+        model: nn.Module,
+        optimizer: Any = None,
+        processing_class: Any = None,
+        **_: Any,
     ) -> None:
+        masters.find(optimizer)  # accelerate's, around DeepSpeed's: the engine itself is not given
         if self._export_how["tokenizer"] is None and hasattr(processing_class, "save_pretrained"):
             self._export_how["tokenizer"] = processing_class
         self._begin(model, _epoch(state), state.global_step)
