@@ -132,6 +132,21 @@ def test_only_the_last_exports_are_kept_also_when_a_run_goes_on(tmp_path: Path) 
     assert made(out) == ["2", "3", "9"]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_that_goes_on_replaces_what_it_exported_after_its_checkpoint(tmp_path: Path) -> None:
+    def checkpoint() -> Any:
+        return lightning.callbacks.ModelCheckpoint(tmp_path / "ckpt", save_top_k=-1)
+
+    out = tmp_path / "e"
+    fit(tmp_path, ExportCallback(out / "{epoch}"), checkpoint(), max_epochs=3, enable_checkpointing=True)
+    before = {name: (out / name).stat().st_ino for name in made(out)}
+    first = tmp_path / "ckpt" / "epoch=0-step=3.ckpt"
+    again = ExportCallback(out / "{epoch}")
+    fit(tmp_path, again, checkpoint(), enable_checkpointing=True, ckpt_path=first)
+    now = {name: (out / name).stat().st_ino for name in made(out)}
+    assert {name for name in before if now[name] != before[name]} == {"1"}
+
+
 def test_an_export_that_someone_removed_is_not_missed(tmp_path: Path) -> None:
     class Someone(lightning.Callback):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:

@@ -102,14 +102,14 @@ class Exporter(Late):
         self._last = (0, 0)
         self._written: dict[Path, int] = {}
         self._kept: list[Path] = []
+        self._ahead: set[Path] = set()
         self._told: set[str] = set()
 
     def _begin(self, root: nn.Module, epoch: int, step: int) -> None:
         """Check before the first step what would fail at the first export."""
         self._armed, self._last = True, (epoch, step)
-        self._written, self._kept, self._told = {}, [], set()
-        whole = PartOfWrapped(root)
-        with together(team_of(whole)) as work:
+        self._written, self._kept, self._ahead, self._told = {}, [], set(), set()
+        with together(team_of(PartOfWrapped(root))) as work:
             view = self._view(root)
             if self._save_how["masters"] and not any(has_master(p) for p in view.parameters()):
                 raise StateError("masters=True needs DeepSpeed's engine; no parameter has an fp32 master")
@@ -121,6 +121,8 @@ class Exporter(Late):
         there = {path: at for path in self._folders.existing() if (at := _recorded(path)) is not None}
         if step:
             self._kept = sorted((p for p, at in there.items() if at <= step), key=lambda p: there[p])
+            # exported after the checkpoint that the run goes on from
+            self._ahead = there.keys() - self._kept
         elif there and not self._force:
             names = ", ".join(str(path) for path in [*there][:3]) + (" …" if len(there) > 3 else "")
             raise OutputError(
@@ -161,7 +163,7 @@ class Exporter(Late):
             view = self._view(root)
             part = PartOfWrapped(view)
             notes = trained_outside(root, view)
-            with _folder(work, path, self._force) as folder:
+            with _folder(work, path, self._force or path in self._ahead) as folder:
                 if self._fused:
                     export(part, folder / "fused", **self._export_how)
                 if self._adapter:
