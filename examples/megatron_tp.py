@@ -79,6 +79,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         graft.save(model, Path(folder) / "adapter")  # gathered; the process of rank 0 writes
+        graft.export(model, Path(folder) / "fused")  # whole weights under their own names, for one process
 
     model.eval()
     with torch.no_grad():
