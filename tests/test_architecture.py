@@ -21,14 +21,14 @@ ROOMS = {
     "engines": "engines engines.*",
     "model": (
         "kinds options factors shadow branches branches_megatron adapted attach layers targets "
-        "megatron_options adapting fusing effective model verify_model"
+        "megatron_options adapting held fusing effective model verify_model"
     ),
     "storage": (
         "safetensors_header pickled mapped atomic weight_names checkpoint pipeline tensors shared_files"
     ),
     "formats": "bind bind_* formats formats.*",
     "files": "files files.* fuse_files verify_files inspect_files",
-    "bridge": "persist export_model export_write",
+    "bridge": "saving loading export_model export_write",
     "compat": "compat compat.*",
     "train": "train train.*",
     "cli": "cli cli.* __main__",

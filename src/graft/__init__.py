@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from .fusing import disabled, fuse, fused, unfuse
     from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
     from .layout import Layout
+    from .loading import load
     from .model import AdaptReport, adapt, freeze, state_dict, unadapt
     from .options import Options
-    from .persist import load, save
+    from .saving import save
     from .verify_model import verify
 
 __version__ = "0.1.0"
@@ -42,9 +43,10 @@ _HOMES = {
     "fusing": "disabled fuse fused unfuse",
     "layers": "Conv1d Conv2d Conv3d Embedding Linear",
     "layout": "Layout",
+    "loading": "load",
     "model": "AdaptReport adapt freeze state_dict unadapt",
     "options": "Options",
-    "persist": "load save",
+    "saving": "save",
     "verify_model": "verify",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -10,7 +10,7 @@ from .delta import Delta
 from .engines import Part
 from .engines.world import known
 from .errors import StateError
-from .fusing import Held, deltas, pieces
+from .held import Held, deltas, pieces
 
 #: elements of a weight that are made at once where they go to a file
 _ROOM = 1 << 20

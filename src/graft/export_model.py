@@ -18,7 +18,8 @@ from .engines.world import is_known, known
 from .engines.wrappers import team_of, together, unwrap
 from .errors import OutputError, StateError
 from .export_write import Make, Planned, write
-from .fusing import Held, held_sites, refuse_changed
+from .fusing import refuse_changed
+from .held import Held, held_sites
 
 
 @torch.no_grad()

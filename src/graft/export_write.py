@@ -20,7 +20,7 @@ from .effective import fused_blocks, part_blocks
 from .engines import Part, engine_of, world
 from .engines.wrappers import Together, is_spread
 from .errors import StateError
-from .fusing import Held, deltas
+from .held import Held, deltas
 from .shared_files import Filler, Plan, lay_out
 
 #: the tensor, on the process that writes; None on the others, which call it in the same order

@@ -23,7 +23,8 @@ from .engines.wrappers import beside, is_wrapped, team_of, unwrap
 from .errors import Problems, StateError, TargetError
 from .fingerprint import fingerprint
 from .fusing import fuse as fuse_sites
-from .fusing import held_sites, unfuse
+from .fusing import unfuse
+from .held import held_sites
 from .kinds import kind_of, natural_layout, stored_transposed
 from .layout import Layout
 from .options import Init, Options, Position

@@ -16,7 +16,7 @@ from .attach import plain_classes
 from .effective import whole_weight
 from .engines.wrappers import is_spread, team_of, unwrap
 from .errors import StateError, VerifyError
-from .fusing import Held, held_sites
+from .held import Held, held_sites
 
 #: relative difference of the outputs that the weights' dtype explains
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

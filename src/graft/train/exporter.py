@@ -17,7 +17,7 @@ from ..engines.masters import has_master
 from ..engines.wrappers import PartOfWrapped, Together, team_of, together, unwrap
 from ..errors import OutputError, StateError, TargetError
 from ..export_model import export
-from ..persist import save
+from ..saving import save
 from .find import find, trained_outside
 from .late import Late
 from .peft_model import holds_peft, plain_view

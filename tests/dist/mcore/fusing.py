@@ -109,7 +109,7 @@ def grouped_layout_of_a_gated_layer(_: Path) -> None:
 def whole_weights_reach_the_writer(_: Path) -> None:
     import graft
     from graft.effective import effective_weight
-    from graft.fusing import held_sites
+    from graft.held import held_sites
 
     split, dense = fused_pair(torch.bfloat16, True)
     graft.fuse(dense)
