@@ -14,6 +14,7 @@ changed while fused is refused before anything is written, and the restored base
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -142,9 +143,9 @@ def _fuse_block(w: torch.Tensor, block: Block) -> tuple[Exceptions, int]:
     left, right = block.factors
     scale = block.term.scale
     if kernel.usable(w) and left.dtype == right.dtype == torch.float32:
-        fused, back = (torch.empty(w.shape, dtype=w.dtype) for _ in range(2))
+        fused, back, room = _scratch(w)
         broken = kernel.there_and_back(w, fused, back, left, right, scale)
-        found = Exceptions(*kernel.exceptions(w, back))
+        found = Exceptions(*kernel.exceptions(w, back, room))
     else:
         fused = exact_block(w, w.dtype, left, right, scale, 1)
         back = exact_block(fused, w.dtype, left, right, scale, -1)
@@ -152,6 +153,23 @@ def _fuse_block(w: torch.Tensor, block: Block) -> tuple[Exceptions, int]:
         found = _encode(w, back)
     w.copy_(fused)
     return found, broken
+
+
+_kept = threading.local()
+
+
+def _scratch(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two blocks like ``w``, and bytes for its exceptions; the same memory for every block of a thread.
+
+    Fresh memory would cost more than the sums: the system clears each page when it is touched first.
+    """
+    item, n = w.element_size(), w.numel()
+    size = n * (2 * item + kernel.exception_bytes(w.dtype))
+    room: torch.Tensor | None = getattr(_kept, "room", None)
+    if room is None or room.numel() < size:
+        room = _kept.room = torch.empty(size, dtype=torch.uint8)
+    fused, back = (room[k * n * item : (k + 1) * n * item].view(w.dtype).view(w.shape) for k in range(2))
+    return fused, back, room[2 * n * item : size]
 
 
 def _unfuse_block(w: torch.Tensor, block: Block, found: Exceptions) -> None:

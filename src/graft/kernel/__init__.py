@@ -157,11 +157,22 @@ def there_and_back(
     return _enough(broken)
 
 
-def exceptions(w: torch.Tensor, back: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where ``back`` is not ``w``: gaps (uint8), fixes (int8), raw bits; see undo.c."""
-    room = w.numel()
-    gap = torch.empty(room, dtype=torch.uint8)
-    fix, raw = torch.empty(room, dtype=torch.int8), torch.empty(room, dtype=w.dtype)
+def exception_bytes(dtype: torch.dtype) -> int:
+    """Room for one element's exception, at worst."""
+    return dtype.itemsize + 2
+
+
+def exceptions(
+    w: torch.Tensor, back: torch.Tensor, room: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where ``back`` is not ``w``: gaps (uint8), fixes (int8), raw bits; see undo.c.
+
+    ``room``: bytes to work in, :func:`exception_bytes` for each element.
+    """
+    n, item = w.numel(), w.element_size()
+    assert room.numel() >= n * exception_bytes(w.dtype)
+    raw, gap = room[: n * item].view(w.dtype), room[n * item : n * (item + 1)]
+    fix = room[n * (item + 1) : n * (item + 2)].view(torch.int8)
     count = (_int64 * 3)()
     _lib().graft_exceptions(
         _CODE[w.dtype],
