@@ -54,7 +54,7 @@ static void fast_rows(job *b, int64_t i, int64_t some, int64_t col, int64_t coun
     for (int64_t q = 0; q < some; q++) reach[q] = _mm512_set1_ps((float)(bound[q] * 1.001));
     for (int64_t j = 0; j < count; j += STEP) {
         vf s[TILE][VECS];
-        sums_float_tile(b->s->ls + i * r, b->s->panel + j, r, s);
+        sums_float_tile(b->s->ls + i * r, b->s->panel + j * r, r, s);
         for (int64_t q = 0; q < some; q++) {
             int64_t row = i + q, at = col + j;
             const uint16_t *w = (const uint16_t *)x->w + row * x->ldw + at;

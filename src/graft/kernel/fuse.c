@@ -41,7 +41,7 @@ typedef struct {
     double *parts;                /* room for an exact sum: 2 rank + 2 */
 } scratch;
 
-/* One element that the panel's sum could not decide; right[k·PANEL] is its column of the packed panel.
+/* One element that the panel's sum could not decide; right[k·STEP] is its column of the packed panel.
  * Adds to *broken if the result is not finite. */
 static uint32_t settle(uint32_t wbits, int din, int dout, const factors *f, int64_t row, const float *right,
                        double sign, double *parts, int64_t *broken) {
@@ -51,7 +51,7 @@ static uint32_t settle(uint32_t wbits, int din, int dout, const factors *f, int6
     if (!isfinite(w)) return own;
     for (int64_t k = 0; k < f->rank; k += 4)
         for (int64_t q = 0; q < 4 && k + q < f->rank; q++) {   /* four chains: one would wait for itself */
-            double p = f->scale[k + q] * left[k + q] * right[(k + q) * PANEL];
+            double p = f->scale[k + q] * left[k + q] * right[(k + q) * STEP];
             sums[q] += p;
             sizes[q] += fabs(p);
         }
@@ -63,7 +63,7 @@ static uint32_t settle(uint32_t wbits, int din, int dout, const factors *f, int6
     if (out != round_double(v + t, dout)) {
         exact_sum sum = {parts, 0};
         for (int64_t k = 0; k < f->rank; k++) {
-            double p = (double)left[k] * right[k * PANEL];
+            double p = (double)left[k] * right[k * STEP];
             volatile double hi = p * f->scale[k];   /* volatile: no contraction into the sums below */
             volatile double lo = fma(p, f->scale[k], -hi);
             exact_add(&sum, sign * hi);
@@ -77,7 +77,8 @@ static uint32_t settle(uint32_t wbits, int din, int dout, const factors *f, int6
     return out;
 }
 
-/* acc[TILE][n] = ls[TILE, rank] · panel[rank, n], n a multiple of STEP.
+/* acc[TILE][n] = ls[TILE, rank] · panel[rank, n], n a multiple of STEP. The panel lies tile by tile, so that a
+ * tile's rows are neighbours: rows of a whole panel would fall on the same few lines of the cache.
  * Summed in chains of CHAIN products, so that the error bound grows with rank / CHAIN + CHAIN, not rank. */
 #define CHAIN 8
 #define SUMS(name, type, vec, width)                                                             \
@@ -88,7 +89,7 @@ static uint32_t settle(uint32_t wbits, int din, int dout, const factors *f, int6
             vec t[TILE][VECS];                                                                   \
             memset(t, 0, sizeof t);                                                              \
             for (int64_t k = c; k < rank && k < c + CHAIN; k++) {                                \
-                const vec *r = (const vec *)(panel + k * PANEL);                                 \
+                const vec *r = (const vec *)(panel + k * (width) * VECS);                        \
                 for (int i = 0; i < TILE; i++)                                                   \
                     for (int q = 0; q < VECS; q++) t[i][q] += ls[i * rank + k] * r[q];           \
             }                                                                                    \
@@ -99,7 +100,7 @@ static uint32_t settle(uint32_t wbits, int din, int dout, const factors *f, int6
     static void name(const type *ls, const type *panel, int64_t rank, int64_t n, type *acc) {    \
         for (int64_t j = 0; j < n; j += (width) * VECS) {                                        \
             vec s[TILE][VECS];                                                                   \
-            name##_tile(ls, panel + j, rank, s);                                                 \
+            name##_tile(ls, panel + j * rank, rank, s);                                          \
             for (int i = 0; i < TILE; i++)                                                       \
                 for (int q = 0; q < VECS; q++)                                                   \
                     ((vec *)(acc + i * PANEL + j))[q] = s[i][q];                                 \
@@ -165,20 +166,23 @@ static inline uint32_t round_fp32(const float *w, const double *acc, double sign
     return any;
 }
 
-/* Pack right[:, c : c + n] into the panel, zero-padded to whole vectors, with each row's largest |value|. */
+/* Pack right[:, c : c + n] into the panel, zero-padded to whole tiles, with each row's largest |value|. */
 static void pack(const factors *f, int64_t n, int wide, scratch *s) {
-    for (int64_t k = 0; k < f->rank; k++) {
-        const float *from = f->right + k * f->ldr;
-        float *to = s->panel + k * PANEL;
-        memcpy(to, from, (size_t)n * 4);
-        memset(to + n, 0, (size_t)(PANEL - n) * 4);
+    int64_t r = f->rank, half = STEP / 2;
+    for (int64_t k = 0; k < r; k++) {
+        float row[PANEL];
+        memcpy(row, f->right + k * f->ldr, (size_t)n * 4);
+        memset(row + n, 0, (size_t)(PANEL - n) * 4);
         uint32_t top = 0;
         for (int64_t j = 0; j < PANEL; j++) {
-            uint32_t m = f2u(to[j]) & 0x7fffffffu;
+            uint32_t m = f2u(row[j]) & 0x7fffffffu;
             top = m > top ? m : top;
         }
         s->amax[k] = u2f(top);
-        if (wide) for (int64_t j = 0; j < PANEL; j++) s->paneld[k * PANEL + j] = to[j];
+        for (int64_t j = 0; j < PANEL; j += STEP) memcpy(s->panel + j * r + k * STEP, row + j, STEP * 4);
+        if (!wide) continue;
+        for (int64_t j = 0; j < PANEL; j += half)
+            for (int64_t q = 0; q < half; q++) s->paneld[j * r + k * half + q] = row[j + q];
     }
 }
 
@@ -234,7 +238,8 @@ static void row_of_panel(const operand *x, const factors *f, scratch *s, int64_t
         }
         if (open[j])
             store_bits(out, j, x->dout, settle(load_bits(kept, j, x->din), x->din, x->dout, f, row,
-                                               s->panel + at + j, sign, s->parts, broken));
+                                               s->panel + (at + j) / STEP * STEP * f->rank + (at + j) % STEP,
+                                               sign, s->parts, broken));
     }
 }
 
@@ -277,7 +282,7 @@ static void panel(job *b, int64_t rows, int64_t col, int64_t n) {
         if (done) fast_rows(b, i, some, col, done, bound);
         if (done == n) continue;
         if (wide) sums_double(b->s->lsd + i * r, b->s->paneld, r, whole, acc.d);
-        else sums_float(b->s->ls + i * r, b->s->panel + done, r, whole, acc.f);
+        else sums_float(b->s->ls + i * r, b->s->panel + done * r, r, whole, acc.f);
         for (int64_t q = 0; q < some; q++)
             both_ways(b, i + q, col, done, n - done,
                       wide ? (void *)(acc.d + q * PANEL) : (void *)(acc.f + q * PANEL), bound[q]);
