@@ -13,7 +13,7 @@ from .errors import StateError
 from .held import Held, deltas, pieces
 
 #: elements of a weight that are made at once where they go to a file
-_ROOM = 1 << 20
+_ROOM = 1 << 18
 
 
 def fused_blocks(h: Held, delta: Delta, dtype: torch.dtype) -> Iterator[tuple[Part, int, torch.Tensor]]:

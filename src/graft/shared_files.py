@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,9 @@ class Filler:
         file, start = self._plan.places[name]
         if file not in self._open:
             self._open[file] = os.open(self._folder / file, os.O_WRONLY)
-        write_all(self._open[file], raw_bytes(values), start + first * values.element_size())
+        at, view = start + first * values.element_size(), raw_bytes(values)
+        write_all(self._open[file], view, at)
+        start_writeback(self._open[file], at, len(view))
 
     def close(self, *, sync: bool) -> None:
         """Close the files; with ``sync`` what this process wrote is on the disk, or the server's, then."""
@@ -128,6 +131,13 @@ def reserve(fd: int, size: int) -> None:
     if taken != 0 and ctypes.get_errno() == errno.ENOSPC:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.ftruncate(fd, size)
+
+
+def start_writeback(fd: int, at: int, count: int) -> None:
+    """Let the system begin to move these bytes to the disk, where it can (Linux), so that fsync waits less."""
+    begin = 2  # SYNC_FILE_RANGE_WRITE: start, do not wait
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).sync_file_range(fd, ctypes.c_int64(at), ctypes.c_int64(count), begin)
 
 
 def write_all(fd: int, view: memoryview, at: int) -> None:
