@@ -1,6 +1,6 @@
 """Write a Llama-shaped base of random bf16 weights and a PEFT adapter for all its linear layers.
 
-python benchmarks/models.py FOLDER --size 300m|3b [--rank 16]
+python benchmarks/models.py FOLDER --size 300m|1b|3b [--rank 16]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _FIELDS = (
 _ROWS = {
     "30m": (384, 1024, 6, 6, 2, 64, 32000),
     "300m": (1024, 4096, 16, 16, 8, 64, 32000),
+    "1b": (2048, 5632, 22, 32, 4, 64, 32000),
     "3b": (3072, 8192, 28, 24, 8, 128, 128256),
 }
 SIZES = {name: dict(zip(_FIELDS, row, strict=True)) for name, row in _ROWS.items()}

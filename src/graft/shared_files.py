@@ -134,7 +134,7 @@ def reserve(fd: int, size: int) -> None:
 
 
 def start_writeback(fd: int, at: int, count: int) -> None:
-    """Let the system begin to move these bytes to the disk, where it can (Linux), so that fsync waits less."""
+    """Let the system (Linux) begin to move these bytes to the disk, so that fsync waits less."""
     begin = 2  # SYNC_FILE_RANGE_WRITE: start, do not wait
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).sync_file_range(fd, ctypes.c_int64(at), ctypes.c_int64(count), begin)
