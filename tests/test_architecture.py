@@ -170,3 +170,12 @@ def test_the_core_works_without_any_optional_package() -> None:
     code = BLOCKED.replace("{names}", repr(set(names)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "done", done.stderr
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
+    patterns: list[str] = pytestconfig.getini("norecursedirs")
+    folders = {
+        path.parent.relative_to(SOURCE.parent.parent) for path in Path(__file__).parent.rglob("test_*.py")
+    }
+    lost = [f for f in folders for part in f.parts for pattern in patterns if fnmatchcase(part, pattern)]
+    assert not lost and len(folders) > 5

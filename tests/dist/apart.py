@@ -6,6 +6,9 @@ processes, with B not zero. Each check leaves it as it was.
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import torch.distributed as dist
 import graft
 from graft.adapted import factor_names, slots_of
 from graft.engines.wrappers import unwrap
+from graft.shared_files import Filler
 
 
 def refuses(call: Callable[[], Any], *says: str) -> None:
@@ -122,3 +126,26 @@ def while_fused(model: Any, folder: Path) -> None:
 
 
 CHECKS: list[Callable[[Any, Path], None]] = [arguments, scales, files, while_fused]
+
+
+def dies_in_export(model: Any, engine: object, folder: Path, gather: bool) -> None:
+    """The second process dies while it sends or writes; the first reports what it met and what is left."""
+    owner, name = (type(engine), "collect") if gather else (Filler, "write")
+    real, calls = getattr(owner, name), iter(range(1000))
+
+    def dying(self: Any, *args: Any) -> Any:
+        if dist.get_rank() == 1 and next(calls) == 4:
+            os._exit(7)
+        return real(self, *args)
+
+    setattr(owner, name, dying)
+    began = time.perf_counter()
+    try:
+        graft.export(model, folder / "out" / "model", gather=gather)
+        met = "nothing"
+    except Exception as error:
+        met = repr(error)
+    left = [str(p) for p in (folder / "out").rglob("*")]
+    report = {"met": met, "left": left, "seconds": time.perf_counter() - began}
+    Path(folder, "death.json").write_text(json.dumps(report))
+    os._exit(0)

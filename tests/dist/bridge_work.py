@@ -1,8 +1,9 @@
 """Checkpoints of LoRA as Megatron-Bridge lays it out, made with megatron-core alone.
 
-An adapter module beside each of Megatron's own linears, split over tensor-parallel ranks as Bridge splits it, saved
-with ``dist_checkpointing``; and what the adapted model computes, in full, for tests that read the files without
-Megatron. ``work`` is run by two processes, once as two replicas (TP 1) and once split (TP 2).
+An adapter module beside each of Megatron's own linears, split over tensor-parallel ranks as Bridge
+splits it, saved with ``dist_checkpointing``; and what the adapted model computes, in full, for tests that
+read the files without Megatron. ``work`` is run by two processes, once as two replicas (TP 1) and once
+split (TP 2).
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def trains(folder: Path) -> None:
         model = wrapped()
         plain = train(model, micro=micro)
         torch.testing.assert_close(plain, want, atol=2e-6, rtol=0)
-        steps = iter(range(100))
-        got = train(wrapped(), lambda m: _every_verb(m, folder / f"{micro}-{next(steps)}"), micro)
+        paths = (folder / f"{micro}-{n}" for n in range(100))
+        got = train(wrapped(), lambda m, paths=paths: _every_verb(m, next(paths)), micro)
         assert torch.equal(got, plain), (got, plain)
         for name, value in values(model.module).items():
             if "lora_" in name:

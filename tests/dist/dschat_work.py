@@ -167,7 +167,7 @@ def curves(case: Case, ds: Any, engine: Any, folder: Path) -> None:
 
 
 def files(case: Case, ds: Any, engine: Any, folder: Path) -> None:
-    """The fused slices are those of one process, and the file is its state dict: buffers and tied weights too."""
+    """The fused slices are those of one process, the file is its state dict: buffers, tied weights."""
     from graft.compat import deepspeed_chat as dschat
 
     whole, before = twin(case, engine), twin(case, engine)

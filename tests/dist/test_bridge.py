@@ -1,7 +1,7 @@
 """Megatron's own checkpoints of adapters → Hugging Face's model, and Graft's adapters → Megatron's model.
 
-The base is one decoder in both: Megatron's GPTModel and LlamaForCausalLM of the same numbers. What Megatron computes
-with its adapter, Llama must compute with the fused weights.
+The base is one decoder in both: Megatron's GPTModel and LlamaForCausalLM of the same numbers. What Megatron
+computes with its adapter, Llama must compute with the fused weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ SIZES: dict[str, Any] = {
 CONFIG = {**SIZES, "model_type": "llama"}
 MODULES = {
     "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
-    "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48),
+    "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32),
+    "mlp.down_proj": (32, 48),
 }  # fmt: skip
 RUN_CONFIG = f"peft:\n  _target_: megatron.bridge.peft.lora.LoRA\n  dim: {RANK}\n  alpha: {ALPHA}\n"
 
@@ -51,14 +52,16 @@ def adapter(modules: list[str], rank: int) -> Adapter:
     scale = ALPHA / WRITTEN["graft-canonical" if len(modules) == 7 else "graft-lora"]
     return Adapter(
         {
-            name: LowRank(torch.randn(rank, i) * 0.3, torch.randn(o, rank) * 0.3, scale, Layout("o i"), shape=(o, i))
+            name: LowRank(
+                torch.randn(rank, i) * 0.3, torch.randn(o, rank) * 0.3, scale, Layout("o i"), shape=(o, i)
+            )
             for name, (o, i) in shapes.items()
         }
     )
 
 
 OURS = {
-    "graft-lora": adapter(["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"], 3),
+    "graft-lora": adapter([name for name in MODULES if not name.endswith(("k_proj", "gate_proj"))], 3),
     "graft-canonical": adapter(list(MODULES), 4),
 }  # fmt: skip
 

@@ -13,7 +13,10 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 #: example and its options → the package that it needs, and what it says on two processes
 LAUNCHED = {
     "fsdp2.py": ("transformers", "exported files hold the fused numbers: True; every bit is back: True"),
-    "ddp.py": ("transformers", "exported files hold the fused numbers: True; every bit is back: True; loaded: True"),
+    "ddp.py": (
+        "transformers",
+        "exported files hold the fused numbers: True; every bit is back: True; loaded: True",
+    ),
     "zero3.py": ("deepspeed", "exported while fused and unfused alike: True; every bit is back: True"),
     "megatron_tp.py": (
         "megatron.core",

@@ -47,7 +47,9 @@ def accumulates(case: Case, ds: Any, folder: Path) -> None:
     plain = _micro(first, folder, [])
     assert plain == _micro(second, folder, [whole, part, part])
     assert abs(plain[0] - plain[-2]) > 1e-2
-    for (name, x), (_, y) in zip(graft.state_dict(first).items(), graft.state_dict(second).items(), strict=True):
+    for (name, x), (_, y) in zip(
+        graft.state_dict(first).items(), graft.state_dict(second).items(), strict=True
+    ):
         assert same(x, y), name
 
 

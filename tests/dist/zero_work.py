@@ -479,35 +479,17 @@ def curves(case: Case, ds: Any, folder: Path) -> None:
 
 def death(rank: int, world: int, port: int, folder: str, gather: bool) -> None:
     """The second process dies while it sends or writes; the first says what it met and what is left."""
-    import graft
     from graft.engines.zero3 import ENGINE
-    from graft.shared_files import Filler
 
     ds = start(rank, world, port)
     engine = engine_of(next(c for c in CASES if c.name == "z3-fp32"), ds)
-    owner, name = (type(ENGINE), "collect") if gather else (Filler, "write")
-    real, calls = getattr(owner, name), iter(range(1000))
-
-    def dying(self: Any, *args: Any) -> Any:
-        if rank == 1 and next(calls) == 4:
-            os._exit(7)
-        return real(self, *args)
-
-    setattr(owner, name, dying)
-    began = time.perf_counter()
-    try:
-        graft.export(engine, Path(folder) / "out" / "model", gather=gather)
-        met = "nothing"
-    except Exception as error:
-        met = repr(error)
-    left = [str(p) for p in (Path(folder) / "out").rglob("*")]
-    report = {"met": met, "left": left, "seconds": time.perf_counter() - began}
-    Path(folder, "death.json").write_text(json.dumps(report))
-    os._exit(0)
+    apart.dies_in_export(engine, ENGINE, Path(folder), gather)
 
 
 #: what to do with an engine of its own, then with one that is shared
-Plan = list[tuple[Case, list[Callable[[Case, Any, Path], None]], list[Callable[[Case, Any, Any, Path], None]]]]
+Plan = list[
+    tuple[Case, list[Callable[[Case, Any, Path], None]], list[Callable[[Case, Any, Any, Path], None]]]
+]
 
 PLAN: Plan = [(case, [curves], CHECKS) for case in CASES]
 

@@ -27,7 +27,7 @@ from .ledger import Ledger
 from .model_facts import model_facts
 from .protocol import Loss, Options, Target, Written
 from .renames import Renames
-from .rotary import can_turn, to_halves, to_neighbours
+from .rotary import can_turn, renamed, to_neighbours
 from .source import Source
 from .uniform import commonest_scale, one_rank, with_scale
 
@@ -156,16 +156,7 @@ def _add(
 
 
 def _for_transformers(adapter: Adapter, model: Mapping[str, object] | None) -> Adapter:
-    sites: dict[str, LowRank] = {}
-    for name, site in adapter.sites.items():
-        ours = f"{_NAMES.ours(name.removesuffix('.weight'))}.weight"
-        heads = _heads(ours, model)
-        if heads and not can_turn(site, heads):
-            raise FormatError(
-                f"{name}: {site.B.shape[0]} rows are not {heads} heads of the base's; use the base that it "
-                "was trained on"
-            )
-        sites[ours] = to_halves(site, heads) if heads else site
+    sites = renamed(adapter.sites, _NAMES, lambda name: _heads(name, model))
     full = {f"{_NAMES.ours(n.removesuffix('.weight'))}.weight": t for n, t in adapter.replace.items()}
     return replace(adapter, sites=sites, replace=full)
 

@@ -8,11 +8,14 @@ update that is the order of B's rows, and A stays.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
 from ..adapter import LowRank
+from ..errors import FormatError
+from .renames import Renames
 
 
 def to_halves(site: LowRank, heads: int) -> LowRank:
@@ -28,6 +31,30 @@ def to_neighbours(site: LowRank, heads: int) -> LowRank:
 def can_turn(site: LowRank, heads: int) -> bool:
     """Whether the update's rows divide into heads of an even number of rows."""
     return site.B.shape[0] % (2 * heads) == 0
+
+
+def renamed(
+    sites: Mapping[str, LowRank], names: Renames, heads_of: Callable[[str], int]
+) -> dict[str, LowRank]:
+    """Sites under the base's names, rows of q and k in the order of transformers.
+
+    Args:
+        sites: by weights' names that the table has.
+        heads_of: the number of heads of a weight (by the base's name) whose rows are turned; else 0.
+    Raises:
+        FormatError: rows that are not so many heads.
+    """
+    found: dict[str, LowRank] = {}
+    for name, site in sites.items():
+        ours = f"{names.ours(name.removesuffix('.weight'))}.weight"
+        heads = heads_of(ours)
+        if heads and not can_turn(site, heads):
+            raise FormatError(
+                f"{name}: {site.B.shape[0]} rows are not {heads} heads of the base's; use the base that it "
+                "was trained on"
+            )
+        found[ours] = to_halves(site, heads) if heads else site
+    return found
 
 
 def _reordered(site: LowRank, heads: int, split: tuple[int, int]) -> LowRank:

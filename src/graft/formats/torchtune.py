@@ -21,7 +21,7 @@ from .ledger import Ledger, listed
 from .model_facts import model_facts
 from .protocol import Loss, Options, Target, Written
 from .renames import Renames
-from .rotary import can_turn, to_halves
+from .rotary import renamed
 from .source import CONFIG_NAME, Source
 
 RECIPE = "torchtune_config.yaml"
@@ -78,7 +78,7 @@ class TorchtuneFormat:
                 "names and order of rows are torchtune's; a Hugging Face base (--base) translates them"
             )
         else:
-            sites = _for_transformers(sites, options.model)
+            sites = renamed(sites, NAMES, lambda name: heads_turned(name, options.model))
         return Adapter(sites, format="torchtune", config=config, notes=tuple(notes))
 
     def losses(self, adapter: Adapter, target: Target) -> list[Loss]:
@@ -161,20 +161,6 @@ def _site(
         )
         return None
     return LowRank(a, b, alpha / b.shape[1], magnitude=magnitude, fan_in_fan_out=False)
-
-
-def _for_transformers(sites: Mapping[str, LowRank], model: Mapping[str, object] | None) -> dict[str, LowRank]:
-    found: dict[str, LowRank] = {}
-    for name, site in sites.items():
-        ours = f"{NAMES.ours(name.removesuffix('.weight'))}.weight"
-        heads = heads_turned(ours, model)
-        if heads and not can_turn(site, heads):
-            raise FormatError(
-                f"{name}: {site.B.shape[0]} rows are not {heads} heads of the base's; use the base that it "
-                "was trained on"
-            )
-        found[ours] = to_halves(site, heads) if heads else site
-    return found
 
 
 def _explain(key: str) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tests.dist import apart
 from tests.dist.mcore import shim
 from tests.dist.mcore.models import LINEARS, adapt, bits, curve, factors, fill, gpt, loss_of, refused, weights
 from tests.dist.mcore.run import check
@@ -47,8 +45,9 @@ def checkpoint_loads_at_every_size(folder: Path) -> None:
 @check(2)
 def stages_of_a_pipeline(folder: Path) -> None:
     """Each fuses its own layers, all or none; together they are a checkpoint, and alone no whole model."""
-    import graft
     from megatron.core import dist_checkpointing
+
+    import graft
 
     model = gpt(1, tied=False, pp=2)
     adapt(model, LINEARS)
@@ -251,29 +250,9 @@ def export_that_fails_on_one_process_leaves_nothing(folder: Path) -> None:
 
 def death(rank: int, world: int, folder: str, gather: bool) -> None:
     """The second process dies while it sends or writes; the first says what it met and what is left."""
-    import graft
     from graft.engines.megatron import ENGINE
-    from graft.shared_files import Filler
 
     shim.start(rank, world, f"{folder}/store")
     model = gpt(2, tied=False)
     adapt(model, LINEARS)
-    owner, name = (type(ENGINE), "collect") if gather else (Filler, "write")
-    real, calls = getattr(owner, name), iter(range(1000))
-
-    def dying(self: Any, *args: Any) -> Any:
-        if rank == 1 and next(calls) == 4:
-            os._exit(7)
-        return real(self, *args)
-
-    setattr(owner, name, dying)
-    began = time.perf_counter()
-    try:
-        graft.export(model, Path(folder) / "out" / "model", gather=gather)
-        met = "nothing"
-    except Exception as error:
-        met = repr(error)
-    left = [str(p) for p in (Path(folder) / "out").rglob("*")]
-    report = {"met": met, "left": left, "seconds": time.perf_counter() - began}
-    Path(folder, "death.json").write_text(json.dumps(report))
-    os._exit(0)
+    apart.dies_in_export(model, ENGINE, Path(folder), gather)
