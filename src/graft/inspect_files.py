@@ -134,7 +134,7 @@ def inspect(
     path = Path(path)
     if not path.exists():
         raise FormatError(f"{path} does not exist; give an adapter's folder or file, or a model's folder")
-    if path.is_dir() and _is_model(path):
+    if adapter_config is None and path.is_dir() and _is_model(path):
         return _model(path, open_checkpoint(path))
     found = None if base is None else inputs.open_base(base)
     model = None if found is None else found.config or None

@@ -128,6 +128,28 @@ def test_consolidated_file(two: Path, base: Path, tmp_path: Path, nested: bool) 
     same_bits(tensors(tmp_path / "out"), exact(base, state, models.PEFT))
 
 
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("name", ["peft-3-2", "lightning-2-2.ckpt"])
+def test_consolidated_in_several_files(two: Path, base: Path, tmp_path: Path, name: str, safe: bool) -> None:
+    """The folder that zero_to_fp32 itself writes, with its index; a shard that is missing is named."""
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as consolidate
+
+    folder = tmp_path / "consolidated"
+    consolidate(str(two / name), str(folder), max_shard_size="20KB", safe_serialization=safe)
+    shards = sorted(folder.glob("*-of-*"))
+    assert len(shards) > 1
+    config = configure(tmp_path, models.PEFT)
+    fuse(base, folder, tmp_path / "out", adapter_config=config)
+    same_bits(tensors(tmp_path / "out"), exact(base, oracle(two, name), models.PEFT))
+    verify(tmp_path / "out", base, folder, adapter_config=config)
+    found = CliRunner().invoke(cli, ["inspect", str(folder), "--adapter-config", str(config)])
+    assert found.output.startswith("adapter ")
+    shards[1].unlink()
+    with pytest.raises(FormatError, match=f"shard {shards[1].name} is missing"):
+        fuse(base, folder, tmp_path / "less", adapter_config=config)
+    assert not (tmp_path / "less").exists()
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_grafts_own_names(two: Path, base: Path, tmp_path: Path, stage: int) -> None:
     """A model adapted by Graft; the final norm was trained in full beside the factors."""

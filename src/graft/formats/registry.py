@@ -23,6 +23,7 @@ from .mistral import MistralFormat
 from .mlx import MlxFormat
 from .peft.format import PeftFormat, PortablePeft
 from .protocol import Format, Writer
+from .sharded import ShardedStateDict
 from .torchtune import TorchtuneFormat
 
 #: in the order in which they are asked; the last takes any file
@@ -30,6 +31,7 @@ CONTAINERS: tuple[Container, ...] = (
     EngineCheckpoint(),
     DistributedCheckpoint(),
     GgufFile(),
+    ShardedStateDict(),
     TensorFile(),
 )
 
