@@ -44,7 +44,8 @@ def become_plain(module: Adapted) -> None:
     """The plain class again; the module must have no site left."""
     assert not module.graft_slots
     for name in type(module).graft_children:
-        delattr(module, name)
+        if hasattr(module, name):  # a layer that failed half-way lacks some
+            delattr(module, name)
     del module.graft_slots
     module.__class__ = cast(Any, unadapted(type(module)))
 
@@ -168,7 +169,7 @@ def release(module: nn.Module, parameter: str) -> None:
 def all_or_nothing(model: nn.Module) -> Generator[None]:
     """Attach and release inside the block; after an exception the model is adapted as it was before."""
     before = [
-        (m, type(m), parameter, slot, {n: getattr(m, n) for n in (*slot.names, *type(m).graft_children)})
+        (m, type(m), parameter, slot, {n: getattr(m, n) for n in (*type(m).graft_children, *slot.names)})
         for m in model.modules()
         if isinstance(m, Adapted)
         for parameter, slot in m.graft_slots.items()
