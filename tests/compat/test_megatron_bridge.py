@@ -495,6 +495,13 @@ def test_a_layer_with_an_adapter_made_by_hand() -> None:
             LoRALinear(module, given)
 
 
+def test_a_layer_that_is_adapted_takes_no_second_adapter() -> None:
+    layer = LinearAdapter(nn.Linear(6, 5), dim=2)
+    for again in (lambda: LinearAdapter(layer, dim=2), lambda: LoRALinear(layer, Given(6, 5))):
+        with pytest.raises(ValueError, match="adapted already; call"):
+            again()
+
+
 class Grouped(nn.Module):
     """A grouped linear, as Transformer Engine's: one matrix for each group of rows."""
 

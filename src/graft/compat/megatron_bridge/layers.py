@@ -163,6 +163,8 @@ class LinearAdapter(Bridged, nn.Linear):
         dropout, dropout_position: see :class:`graft.Options`.
         lora_A_init_method: see :class:`LoRA`.
         lora_dtype: the factors' dtype; W's when None.
+    Raises:
+        TargetError: the layer is adapted already; an option outside its range.
     """
 
     graft_plain = nn.Linear
@@ -181,6 +183,7 @@ class LinearAdapter(Bridged, nn.Linear):
     ) -> None:
         from .transforming import adapt_linear
 
+        _refuse_adapted(orig_linear)
         w, bias = orig_linear.weight, orig_linear._parameters["bias"]  # pyright: ignore[reportPrivateUsage]
         super().__init__(
             orig_linear.in_features, orig_linear.out_features, bias is not None, w.device, w.dtype
@@ -282,8 +285,7 @@ def become(module: nn.Module, kind: type[Bridged]) -> Bridged:
     Raises:
         TargetError: it is adapted already, or its forward is replaced on the instance.
     """
-    if isinstance(module, Adapted):
-        raise TargetError(f"a {type(module).__name__} is adapted already; call graft.unadapt first")
+    _refuse_adapted(module)
     if "forward" in module.__dict__:
         raise TargetError(
             f"a {type(module).__name__} has its forward replaced on the instance (accelerate's device_map "
@@ -296,6 +298,11 @@ def become(module: nn.Module, kind: type[Bridged]) -> Bridged:
     layer = cast(Bridged, module)
     layer.graft_slots = {}
     return layer
+
+
+def _refuse_adapted(module: nn.Module) -> None:
+    if isinstance(module, Adapted):
+        raise TargetError(f"a {type(module).__name__} is adapted already; call graft.unadapt first")
 
 
 @cache
