@@ -44,7 +44,8 @@ def become_plain(module: Adapted) -> None:
     """The plain class again; the module must have no site left."""
     assert not module.graft_slots
     for name in type(module).graft_children:
-        delattr(module, name)
+        if hasattr(module, name):  # a layer that failed half-way lacks some
+            delattr(module, name)
     del module.graft_slots
     module.__class__ = cast(Any, unadapted(type(module)))
 
@@ -167,12 +168,13 @@ def release(module: nn.Module, parameter: str) -> None:
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Generator[None]:
     """Attach and release inside the block; after an exception the model is adapted as it was before."""
+    adapted = [m for m in model.modules() if isinstance(m, Adapted)]
     before = [
-        (m, type(m), parameter, slot, {n: getattr(m, n) for n in (*slot.names, *type(m).graft_children)})
-        for m in model.modules()
-        if isinstance(m, Adapted)
+        (m, type(m), parameter, slot, {n: getattr(m, n) for n in (*type(m).graft_children, *slot.names)})
+        for m in adapted
         for parameter, slot in m.graft_slots.items()
     ]
+    orders = [(registry, list(registry)) for m in adapted for registry in _registries(m)]
     try:
         yield
     except BaseException:
@@ -180,14 +182,22 @@ def all_or_nothing(model: nn.Module) -> Generator[None]:
             for parameter in list(slots_of(module)):
                 release(module, parameter)
         for module, cls, parameter, slot, own in before:
-            adapted = become_adapted(module)
-            adapted.__class__ = cast(Any, cls)
+            layer = become_adapted(module)
+            layer.__class__ = cast(Any, cls)
             for name, value in own.items():
-                setattr(adapted, name, value)
-            adapted.graft_slots[parameter] = slot
+                setattr(layer, name, value)
+            layer.graft_slots[parameter] = slot
+        for registry, order in orders:
+            for name in order:
+                registry[name] = registry.pop(name)
         raise
     finally:
         attach_readers(model)
+
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Its own parameters and children, whose order is that of the state dict and of optimisers."""
+    return module._parameters, module._modules  # pyright: ignore[reportPrivateUsage]
 
 
 @contextmanager

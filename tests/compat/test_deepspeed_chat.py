@@ -392,10 +392,15 @@ def test_unadapt_gives_plain_linears() -> None:
 
 def test_a_failed_adapt_leaves_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     m = converted()
-    want = m(batch(0))
+    want, parameters, modules = m(batch(0)), dict(m.named_parameters()), dict(m.named_modules())
     monkeypatch.setattr("graft.adapting.new_factors", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         graft.adapt(m, ["embed"], quiet=True)
+    for now, before in (
+        (dict(m.named_parameters()), parameters),
+        (dict(m.named_modules()), modules),
+    ):
+        assert list(now) == list(before) and all(now[name] is value for name, value in before.items())
     assert len(loras(m)) == 6 and torch.equal(m(batch(0)), want) and bits(m) == bits(converted())
 
 

@@ -495,6 +495,79 @@ def test_a_layer_with_an_adapter_made_by_hand() -> None:
             LoRALinear(module, given)
 
 
+def test_a_layer_that_is_adapted_takes_no_second_adapter() -> None:
+    layer = LinearAdapter(nn.Linear(6, 5), dim=2)
+    for again in (lambda: LinearAdapter(layer, dim=2), lambda: LoRALinear(layer, Given(6, 5))):
+        with pytest.raises(ValueError, match="adapted already; call"):
+            again()
+
+
+class Grouped(nn.Module):
+    """A grouped linear, as Transformer Engine's: one matrix for each group of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight0, self.weight1 = (nn.Parameter(torch.randn(5, 6)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, None]:
+        parts = zip(x.split(sizes), (self.weight0, self.weight1), strict=True)
+        return torch.cat([part @ w.T for part, w in parts]), None
+
+
+def test_a_grouped_layer_with_an_adapter_made_by_hand() -> None:
+    torch.manual_seed(0)
+    base, adapter, x = Grouped(), Given(6, 5), torch.randn(7, 6)
+    weights = [w.detach().clone() for w in base.parameters()]
+    want = base(x, [3, 4])[0] + 2 * adapter.linear_out(adapter.linear_in(x))
+    layer = LoRALinear(base, adapter)
+    assert layer.to_wrap is base and trained(layer) == {f"adapter.linear_{n}.weight" for n in ("in", "out")}
+    torch.testing.assert_close(layer(x, [3, 4])[0], want)
+    layer(x, [3, 4])[0].sum().backward()
+    assert adapter.linear_in.weight.grad is not None and adapter.linear_in.weight.grad.any()
+    for _ in range(2):
+        assert LoRAMerge().transform(layer.eval()) is layer
+        update = 2 * adapter.linear_out.weight @ adapter.linear_in.weight
+        for held, plain in zip((layer.weight0, layer.weight1), weights, strict=True):
+            torch.testing.assert_close(held, plain + update)
+    torch.testing.assert_close(layer(x, [3, 4])[0], want)
+    graft.unadapt(layer)
+    assert type(base) is Grouped and adapter.linear_in.weight.shape == (8, 6)
+    assert all(torch.equal(w, plain) for w, plain in zip(base.parameters(), weights, strict=True))
+
+
+def test_what_was_adapted_before_is_as_it_was_after_an_adapt_that_failed() -> None:
+    """Module objects, their order, dropout and bits, whether Graft or the method made the attempt."""
+    torch.manual_seed(0)
+    model: Any = LoRA(["linear_qkv"], dim=2, dropout=0.5, lora_B_init_method="normal")(Small())
+    model.hand = LoRALinear(nn.Linear(6, 5), Given(6, 5))
+    model.output_projection.weight = model.embedding.weight
+    modules, state = dict(model.named_modules()), {n: v.clone() for n, v in model.state_dict().items()}
+    drop = nn.Dropout(0.5)
+    attempts: list[Any] = [
+        lambda: LoRA(["linear_fc1", "output_projection"])(model),
+        lambda: LoRA(["linear_fc1", "norm"])(model),
+        lambda: graft.adapt(model, ["linear_fc1", "norm"], rank=2, dropout=0.1),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ValueError, match=r"norm|tied"):
+            attempt()
+        now = dict(model.named_modules())
+        assert list(now) == list(modules) and all(now[n] is m for n, m in modules.items())
+        assert {n: type(m) for n, m in now.items() if isinstance(m, (LinearAdapter, LoRALinear))}.keys() == {
+            "attention.linear_qkv",
+            "hand",
+        }
+        same = model.state_dict()
+        assert list(same) == list(state) and all(torch.equal(v, state[n]) for n, v in same.items())
+    x = torch.randn(3, 8)
+    layer = model.train().attention["linear_qkv"]
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    update = drop(x) @ layer.linear_in.weight.T @ layer.linear_out.weight.T * layer.scale
+    torch.testing.assert_close(y, nn.functional.linear(x, layer.weight, layer.bias) + update)
+
+
 @pytest.mark.parametrize(
     ("out", "inside", "dim", "tp"),
     [

@@ -103,6 +103,7 @@ def test_fields_and_defaults_are_the_originals() -> None:
     [
         ("decoder.layers.0.mlp.experts.local_experts.3.linear_fc1", True),
         ("decoder.layers.0.mlp.experts.linear_fc2", True),
+        ("decoder.layers.0.mlp.local_experts.3.linear_fc2", True),
         ("decoder.layers.0.mlp.shared_experts.linear_fc1", False),
         ("decoder.layers.0.mlp.linear_fc1", False),
         ("decoder.layers.0.mlp.experts.router", False),

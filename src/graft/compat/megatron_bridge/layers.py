@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copyreg
 from functools import cache
+from itertools import count, takewhile
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...adapted import Adapted, Site
+from ...adapted import Adapted, Site, factor_names
 from ...attach import attach
 from ...branches import branch_of
 from ...engines import shape_of
@@ -96,25 +97,21 @@ class Bridged(Adapted):
         """The module that ``linear_in`` and ``linear_out`` are children of."""
         return self
 
+    # graft_children go as they are when the class does, so that a failed adapt can put them back
+
     @property
     def lora_A(self) -> nn.Parameter:
         return cast(nn.Parameter, cast(Any, self.graft_home()).linear_in.weight)
 
     @lora_A.deleter
-    def lora_A(self) -> None:
-        del self.graft_home().linear_in
+    def lora_A(self) -> None: ...
 
     @property
     def lora_B(self) -> nn.Parameter:
         return cast(nn.Parameter, cast(Any, self.graft_home()).linear_out.weight)
 
     @lora_B.deleter
-    def lora_B(self) -> None:
-        del self.graft_home().linear_out
-        self.graft_clear()
-
-    def graft_clear(self) -> None:
-        """Remove the other children that the plain module does not have."""
+    def lora_B(self) -> None: ...
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name not in _CHILDREN or param is None:
@@ -166,9 +163,12 @@ class LinearAdapter(Bridged, nn.Linear):
         dropout, dropout_position: see :class:`graft.Options`.
         lora_A_init_method: see :class:`LoRA`.
         lora_dtype: the factors' dtype; W's when None.
+    Raises:
+        TargetError: the layer is adapted already; an option outside its range.
     """
 
     graft_plain = nn.Linear
+    graft_children = ("dropout", "linear_in", "linear_out")
     graft_branch = staticmethod(cast(Any, branch_of(nn.Linear)))
 
     def __init__(
@@ -183,6 +183,7 @@ class LinearAdapter(Bridged, nn.Linear):
     ) -> None:
         from .transforming import adapt_linear
 
+        _refuse_adapted(orig_linear)
         w, bias = orig_linear.weight, orig_linear._parameters["bias"]  # pyright: ignore[reportPrivateUsage]
         super().__init__(
             orig_linear.in_features, orig_linear.out_features, bias is not None, w.device, w.dtype
@@ -215,19 +216,19 @@ class LinearAdapter(Bridged, nn.Linear):
     def _site(self) -> Site:
         return self.graft_slots["weight"].site
 
-    def graft_clear(self) -> None:
-        del self.dropout
-
 
 class LoRALinear(Bridged):
     """A Megatron linear with factors in its child ``adapter``; made by :class:`LoRA`, in the layer's place.
 
     ``LoRALinear(to_wrap, adapter)`` by hand makes ``to_wrap`` itself one, with the adapter's ``linear_in``
-    and ``linear_out`` as factors, its ``alpha`` and its ``dim``.
+    and ``linear_out`` as factors, its ``alpha`` and its ``dim``. The matrices ``weight0``, ``weight1``, … of
+    a grouped linear share the factors.
 
     Raises:
-        TargetError: by hand, a module without a ``weight``, or an adapter without these four.
+        TargetError: by hand, a module with neither, or an adapter without these four.
     """
+
+    graft_children = ("adapter",)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls is LoRALinear:
@@ -245,26 +246,34 @@ class LoRALinear(Bridged):
     def graft_home(self) -> nn.Module:
         return cast(nn.Module, self.adapter)
 
-    def graft_clear(self) -> None:
-        del self.adapter
-
 
 def _wrap(to_wrap: nn.Module, adapter: nn.Module) -> nn.Module:
     try:
         made: Any = adapter
-        alpha, dim, weight = made.alpha, made.dim, to_wrap.get_parameter("weight")
-        site = Site(Options(dim, alpha), Layout("o i"), alpha / dim)
+        options, scale = Options(made.dim, made.alpha), made.alpha / made.dim
         a, b = made.linear_in.weight, made.linear_out.weight
+        weights = _matrices(to_wrap)
     except AttributeError as error:
         raise TargetError(
-            f"LoRALinear needs a layer with a weight, and an adapter with alpha, dim, linear_in and "
-            f"linear_out: {error}"
+            "LoRALinear needs a layer with a weight (or weight0, weight1, …), and an adapter with alpha, "
+            f"dim, linear_in and linear_out: {error}"
         ) from None
     layer = become(to_wrap, LoRALinear)
     layer.add_module("adapter", adapter)
-    attach(layer, "weight", site, a, b)
-    weight.requires_grad_(False)
+    for name in weights:
+        attach(layer, name, Site(options, Layout("o i"), scale), a, b, names=factor_names("weight"))
+        layer.get_parameter(name).requires_grad_(False)
     return layer
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """``weight``, or those of a grouped linear: ``weight0``, ``weight1``, …"""
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    grouped = list(takewhile(own.__contains__, (f"weight{n}" for n in count())))
+    if "weight" in own or not grouped:
+        module.get_parameter("weight")
+        return ["weight"]
+    return grouped
 
 
 # --- the class swap ---------------------------------------------------------------------------------
@@ -276,8 +285,7 @@ def become(module: nn.Module, kind: type[Bridged]) -> Bridged:
     Raises:
         TargetError: it is adapted already, or its forward is replaced on the instance.
     """
-    if isinstance(module, Adapted):
-        raise TargetError(f"a {type(module).__name__} is adapted already; call graft.unadapt first")
+    _refuse_adapted(module)
     if "forward" in module.__dict__:
         raise TargetError(
             f"a {type(module).__name__} has its forward replaced on the instance (accelerate's device_map "
@@ -290,6 +298,11 @@ def become(module: nn.Module, kind: type[Bridged]) -> Bridged:
     layer = cast(Bridged, module)
     layer.graft_slots = {}
     return layer
+
+
+def _refuse_adapted(module: nn.Module) -> None:
+    if isinstance(module, Adapted):
+        raise TargetError(f"a {type(module).__name__} is adapted already; call graft.unadapt first")
 
 
 @cache

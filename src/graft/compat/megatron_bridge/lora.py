@@ -95,7 +95,7 @@ class LoRA(PEFT, ModuleMatcher):
 def is_expert(full: str) -> bool:
     """Whether this is the name of an expert's linear: ``….mlp.experts.….linear_fc1``, not of a shared one."""
     *inside, last = full.split(".")
-    routed = "mlp" in inside and "experts" in inside[inside.index("mlp") :]
+    routed = "mlp" in inside and not {"experts", "local_experts"}.isdisjoint(inside[inside.index("mlp") :])
     return routed and last in ("linear_fc1", "linear_fc2") and "shared_experts" not in inside
 
 

@@ -78,11 +78,10 @@ class LoRAMerge(PEFT):
         Its forward then adds nothing, and ``graft.unfuse(module)`` gives every bit of W back. A
         :class:`LoRALinear` made by hand of factors that are cut over processes is merged for good.
         """
-        slot = slots_of(module).get("weight")
-        if slot is None or slot.site.fusion is not None:
+        if all(slot.site.fusion is not None for slot in slots_of(module).values()):
             return module
         if isinstance(module, LoRALinear) and _is_cut(module):
-            f = slot.site.options
+            f = module.graft_slots["weight"].site.options
             weight = module.get_parameter("weight")
             merged = self.merge(weight, module.lora_B, module.lora_A, cast(float, f.alpha), f.rank)
             weight.data.copy_(merged)

@@ -97,7 +97,6 @@ def adapt_linear(module: Module, name: str, options: Options, inits: tuple[str, 
     try:
         attach_target(layer, Target((Holder(name, layer, "weight"),)), site, (pair[0], pair[1]))
     except BaseException:
-        delattr(layer, child[0])
         become_plain(cast(Adapted, layer))
         raise
     for own in layer.parameters(recurse=False):
