@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -184,16 +183,3 @@ def _refuse_fused(stored: Mapping[str, Stored], where: object) -> None:
             f"{where} was saved while the adapter was fused ({listed(fused, 2)}), so its weights hold ΔW "
             "already; save it again after graft.unfuse(model)"
         )
-
-
-def state_dict_of(value: object) -> dict[str, torch.Tensor] | None:
-    """The state dict in a trainer's file: under ``state_dict`` (Lightning) or ``module`` (DeepSpeed)."""
-    if not isinstance(value, dict):
-        return None
-    table = cast("dict[object, object]", value)
-    for key in ("state_dict", "module"):
-        inner = table.get(key)
-        if isinstance(inner, dict):
-            found = cast("dict[object, object]", inner)
-            return {str(n): t.detach() for n, t in found.items() if isinstance(t, torch.Tensor)}
-    return None
