@@ -275,6 +275,7 @@ def test_metadata_that_is_no_table_is_refused(text: str, tmp_path: Path) -> None
         ({"lora_unet_a.lora_down.weight": 0}, "kohya"),
         ({"diffusion_model.a.lora_down.weight": 0, "diffusion_model.a.lora_up.weight": 0}, "diffusers"),
         ({"diffusion_model.a.lokr_w1": 0, "diffusion_model.a.lokr_w2": 0}, "diffusers"),
+        ({"diffusion_model.a.lora_A.weight": 0, "text_encoders.t5xxl.a.lora_A.weight": 0}, "diffusers"),
     ],
 )
 def test_like_names_of_other_formats_are_told_apart(found: dict[str, int], said: str, tmp_path: Path) -> None:

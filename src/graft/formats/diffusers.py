@@ -39,7 +39,8 @@ class DiffusersFormat:
         if source.config is not None and "peft_type" in source.config:
             return False
         keys = [key for key in map(parse, source.tensors) if key.role in ("A", "B")]
-        if any(key.era < 3 for key in keys) or any(map(_other_method, source.tensors)):
+        comfy = any(key.component == COMFY for key in keys) or any(map(_other_method, source.tensors))
+        if comfy or any(key.era < 3 for key in keys):
             return True
         return bool(keys) and (METADATA_KEY in source.metadata or all(map(_of_pipeline, keys)))
 

@@ -14,7 +14,7 @@ import torch
 
 from ..adapter import Beside
 from ..errors import FormatError
-from ..fingerprint import fingerprint
+from ..fingerprint import rounded
 from .ledger import listed
 from .peft import keys
 from .stored import Stored, gather
@@ -156,10 +156,10 @@ def _trained_biases(
 
 
 def _fingerprint(stored: Stored) -> str:
-    """:func:`graft.fingerprint.fingerprint` of a tensor, of which only the beginning is read."""
-    head = torch.empty(min(stored.numel, 16384 // stored.dtype.itemsize), dtype=stored.dtype)
+    """:func:`graft.fingerprint.rounded` of a tensor, of which only the beginning is read."""
+    head = torch.empty(min(stored.numel, 16384), dtype=stored.dtype)
     stored.read(0, head)
-    return fingerprint(head)
+    return rounded(head)
 
 
 def _notes(stored: Mapping[str, Stored], outside: list[str]) -> tuple[str, ...]:
