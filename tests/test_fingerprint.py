@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import graft
-from graft.fingerprint import METADATA_KEY, fingerprint, loads
+from graft.errors import BaseMismatchError
+from graft.fingerprint import METADATA_KEY, check, fingerprint, loads, rounded
 from graft.fuse_files import fuse
 from graft.tensors import metadata, write_shards
 
@@ -84,3 +85,18 @@ def test_a_fingerprint_sees_dtype_and_numbers_not_strides() -> None:
     changed = w.clone()
     changed[0, 0] += 1
     assert fingerprint(w) != fingerprint(changed)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_weight_that_was_widened_for_training_is_its_base_s_still(half: torch.dtype) -> None:
+    """A trainer's float32 copy of half-precision weights: the first 16 KiB of its rounding are the base's."""
+    base = torch.randn(300, 70).to(half)
+    told = {"w": rounded(base.float().flatten()[:16384])}
+    check(told, lambda _: base)
+    check(told, lambda _: base.float())
+    check({"w": rounded(base.flatten()[:16384])}, lambda _: base.float())  # not compared: no rounding is told
+    for other in (base, base.float()):
+        changed = other.clone()
+        changed[0, 5] += 1
+        with pytest.raises(BaseMismatchError, match="w holds other numbers"):
+            check(told, lambda _, changed=changed: changed)

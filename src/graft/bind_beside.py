@@ -54,7 +54,7 @@ def _has_none(place: str, other: Beside, base: Mapping[str, tuple[int, ...]]) ->
 def _notes(beside: Mapping[str, Beside], outside: list[str], frozen: int) -> list[str]:
     notes: list[str] = []
     if frozen:
-        notes.append(f"{frozen} frozen tensors of the checkpoint are the base's: the base's own are used")
+        notes.append(f"{frozen} frozen tensors of the checkpoint are not used: the base's own are")
     trained = [name for name in outside if beside[name].value is not None]
     if trained:
         notes.append(f"trained outside the adapted model, so not used: {', '.join(trained[:6])}")

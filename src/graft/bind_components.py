@@ -16,9 +16,15 @@ from .errors import BaseMismatchError, FormatError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-#: what a pipeline may call a component, where files have one name for several: kohya's ``lora_unet`` is any
-#: denoiser, and its ``lora_te3`` is T5, the third text encoder of SD 3 and the second of Flux
-_MEANT = {"unet": ("unet", "transformer", "prior"), "text_encoder_3": ("text_encoder_3", "text_encoder_2")}
+#: what a pipeline may call a component, where files have one name for several: kohya's ``lora_unet`` and
+#: ComfyUI's ``diffusion_model`` are any denoiser, and kohya's ``lora_te3`` is T5, the third text encoder of
+#: SD 3 and the second of Flux
+_DENOISERS = ("unet", "transformer", "prior")
+_MEANT = {
+    "unet": _DENOISERS,
+    "diffusion_model": _DENOISERS,
+    "text_encoder_3": ("text_encoder_3", "text_encoder_2"),
+}
 
 
 def only(adapter: Adapter, component: str) -> Adapter:
@@ -104,8 +110,8 @@ def _one(adapter: Adapter) -> list[str]:
     if len(names) > 1:
         raise BaseMismatchError(
             f"the adapter changes several models of a pipeline: {_counts(adapter, names)}; the base is one "
-            "model. Give the whole pipeline as the base (the directory with model_index.json), or choose one "
-            f"part: --component {names[0]} (component={names[0]!r})"
+            "model. Give the whole pipeline as the base (the directory with model_index.json), or choose the "
+            f"part that this model is: {' or '.join(f'--component {name}' for name in names)}"
         )
     return names
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from .bind_spelling import Shapes, Spelling
 
-_NAMING = "Black Forest Labs' names"
+_NAMING, _XLABS = "Black Forest Labs' names", "XLabs' names"
 _DOUBLE: Mapping[str, Sequence[str]] = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn.proj": ("attn.to_out.0",),
@@ -28,6 +28,11 @@ _SINGLE: Mapping[str, Sequence[str]] = {
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "linear2": ("proj_out",),
     "modulation.lin": ("norm.linear",),
+}
+#: XLabs' adapters have the first rows of linear1 as a module, and another name for linear2
+_SINGLE_XLABS: Mapping[str, Sequence[str]] = {
+    "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "proj": ("proj_out",),
 }
 _TOP: Mapping[str, Sequence[str]] = {
     "img_in": ("x_embedder",),
@@ -50,23 +55,25 @@ def flux_names(base: Shapes) -> dict[str, Spelling]:
     if not {"transformer_blocks", "single_transformer_blocks", "context_embedder"} <= firsts:
         return {}
     found: dict[str, Spelling] = {}
-    for told, modules in _modules(base):
+    for naming, told, modules in _modules(base):
         names = [f"{module}.weight" for module in modules]
         if all(name in base for name in names):
-            found[f"{told}.weight"] = Spelling.joined(_NAMING, names, base)
+            found[f"{told}.weight"] = Spelling.joined(naming, names, base)
     if f"{_FINAL_HERE}.weight" in base:
         found[f"{_FINAL}.weight"] = Spelling.swapped(_NAMING, f"{_FINAL_HERE}.weight", base)
     return found
 
 
-def _modules(base: Shapes) -> Iterator[tuple[str, Sequence[str]]]:
-    """Every module by Black Forest Labs' name, and the modules here that it is made of."""
-    yield from _TOP.items()
-    for theirs, ours, table in (
-        ("double_blocks", "transformer_blocks", _DOUBLE),
-        ("single_blocks", "single_transformer_blocks", _SINGLE),
+def _modules(base: Shapes) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """Every module by another's name, whose it is, and the modules here that it is made of."""
+    for told, modules in _TOP.items():
+        yield _NAMING, told, modules
+    for naming, theirs, ours, table in (
+        (_NAMING, "double_blocks", "transformer_blocks", _DOUBLE),
+        (_NAMING, "single_blocks", "single_transformer_blocks", _SINGLE),
+        (_XLABS, "single_blocks", "single_transformer_blocks", _SINGLE_XLABS),
     ):
         parts = (name.split(".") for name in base if name.startswith(f"{ours}."))
         for number in dict.fromkeys(part[1] for part in parts):
             for told, modules in table.items():
-                yield f"{theirs}.{number}.{told}", [f"{ours}.{number}.{module}" for module in modules]
+                yield naming, f"{theirs}.{number}.{told}", [f"{ours}.{number}.{module}" for module in modules]

@@ -31,7 +31,7 @@ class Repair:
     def __str__(self) -> str:
         before, after = ".".join(self.strip), ".".join(self.add)
         if not before and not after:
-            return f"{' and '.join(sorted(_INTERIOR))} were taken out"
+            return f"what wrappers insert ({', '.join(sorted(_INTERIOR, reverse=True))}) was taken out"
         if before and after:
             return f"the prefix {before!r} is {after!r} in the base"
         return f"the prefix {before!r} was taken off" if before else f"the prefix {after!r} was put in front"
@@ -40,6 +40,14 @@ class Repair:
 def clean(name: str) -> Parts:
     """The name's components without those that FSDP, activation checkpointing and torch.compile insert."""
     return tuple(part for part in name.split(".") if part not in _INTERIOR)
+
+
+def unwrapped(name: str) -> str:
+    """The name in the plain model: without the components that wrappers insert or put in front."""
+    parts = clean(name)
+    while parts and parts[0] in _WRAPPERS:
+        parts = parts[2 if parts[:2] == ("base_model", "model") else 1 :]
+    return ".".join(parts)
 
 
 def repairs(missing: Sequence[str], base: Iterable[str]) -> list[Repair]:

@@ -13,7 +13,7 @@ import torch
 from .errors import FormatError, Problems
 from .mapped import load_file
 from .pickled import load_tensors
-from .safetensors_header import Entry, Header, read_header
+from .safetensors_header import Entry, Header, read_header, refuse_stub
 from .weight_names import WeightNames, places, refuse_several, variants
 
 _PLAIN = WeightNames()
@@ -115,10 +115,12 @@ def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a file.
 
     Raises:
-        FormatError: unreadable, no JSON, or no object.
+        FormatError: unreadable, empty, a Git LFS pointer, no JSON, or no object.
     """
     try:
-        value: object = json.loads(path.read_bytes().decode())
+        data = path.read_bytes()
+        refuse_stub(path, data[:32], len(data))
+        value: object = json.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

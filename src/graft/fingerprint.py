@@ -30,6 +30,18 @@ def fingerprint(weight: torch.Tensor) -> str:
     return f"{str(weight.dtype).removeprefix('torch.')}:{checksum(head):016x}"
 
 
+def rounded(head: torch.Tensor) -> str:
+    """The fingerprint of a tensor's beginning, and for float32 those of its roundings to 16 bits, by spaces.
+
+    A frozen weight that was widened for training still is its base's to the last bit.
+
+    Args:
+        head: the first 16384 elements, or all.
+    """
+    halves = (torch.bfloat16, torch.float16) if head.dtype == torch.float32 else ()
+    return " ".join(fingerprint(one) for one in (head, *(head.to(half) for half in halves)))
+
+
 def dumps(base: Mapping[str, str]) -> dict[str, str]:
     """Metadata for a safetensors file; empty without fingerprints."""
     return {METADATA_KEY: json.dumps(dict(base), sort_keys=True)} if base else {}
@@ -50,7 +62,7 @@ def check(recorded: Mapping[str, str], weight: Callable[[str], torch.Tensor | No
     """Compare the recorded fingerprints with a base.
 
     Args:
-        recorded: parameter name → fingerprint, under the base's names.
+        recorded: parameter name → fingerprint (:func:`fingerprint`, :func:`rounded`), under the base's names.
         weight: the base's tensor of a name; None if it cannot be had cheaply (then it is not compared).
     Raises:
         BaseMismatchError: weights of the recorded dtype that hold other numbers.
@@ -58,10 +70,12 @@ def check(recorded: Mapping[str, str], weight: Callable[[str], torch.Tensor | No
     compared, other = 0, Problems(BaseMismatchError, "the adapter was trained on another base:", shown=4)
     for name, expected in recorded.items():
         tensor = weight(name)
-        if tensor is None or str(tensor.dtype).removeprefix("torch.") != expected.partition(":")[0]:
+        told = {one.partition(":")[0]: one for one in expected.split()}
+        dtype = "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
+        if tensor is None or dtype not in told:
             continue
         compared += 1
-        if fingerprint(tensor) != expected:
+        if fingerprint(tensor) != told[dtype]:
             other.add(f"{name} holds other numbers than the base that the adapter was saved with")
     other.raise_if_any(
         "Use the base that the adapter was trained on; if this base is meant (a later version of it, say), "

@@ -12,6 +12,9 @@ from .errors import FormatError
 from .pickled import load_tensors
 from .safetensors_header import Entry, read_header
 
+#: how torch.save's files begin: a zip, or a bare pickle of protocol 2 and later
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
 
 def load_file(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one weight file, mapped (file-backed; do not write to them).
@@ -23,7 +26,7 @@ def load_file(path: Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if path.is_dir():
         raise FormatError(f"{path} is a directory; name a weight file")
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return load_tensors(path)
     return map_entries(path, read_header(path).entries)
 
@@ -42,18 +45,19 @@ def metadata(path: Path) -> dict[str, str]:
         FormatError: the file is damaged.
     """
     path = Path(path)
-    return dict(read_header(path).metadata) if _is_safetensors(path) else {}
+    return dict(read_header(path).metadata) if is_safetensors(path) else {}
 
 
-def _is_safetensors(path: Path) -> bool:
-    """By name where it says so, else by content: the header's brace follows its length."""
-    if path.suffix == ".safetensors":
-        return True
+def is_safetensors(path: Path) -> bool:
+    """By content: the header's brace follows its length. By name where the file begins as nothing known."""
     try:
         with path.open("rb") as f:
-            return f.read(9)[8:] == b"{"
+            start = f.read(9)
     except OSError:
-        return False
+        start = b""
+    if start[8:] == b"{":
+        return True
+    return path.suffix == ".safetensors" and not start.startswith(_PICKLES)
 
 
 def _mapped(data: torch.Tensor, entry: Entry) -> torch.Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from graft.errors import BaseMismatchError
 from graft.fuse_files import fuse
@@ -63,3 +65,16 @@ def test_a_full_tensor_that_is_not_declared_is_refused(
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None}))
     with pytest.raises(BaseMismatchError, match=r"classifier\.weight"):
         fuse(folder / "base", adapter, tmp_path / "out")
+
+
+def test_a_wrapper_s_prefix_is_no_part_of_the_new_head_s_name(
+    trained: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    folder, ids, expected = trained
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folder / "adapter", adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({f"module.{k}": v.clone() for k, v in tensors.items()}, adapter / "adapter_model.safetensors")
+    fuse(folder / "base", adapter, tmp_path / "out")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)

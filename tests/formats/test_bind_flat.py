@@ -18,7 +18,7 @@ from graft.bind_spelling import Spelling
 from graft.errors import BaseMismatchError
 from graft.formats import read
 
-from .kohya_files import dense, module, stored
+from .kohya_files import Tensors, dense, module, stored
 
 _PART = st.text("ab", min_size=1, max_size=2) | st.sampled_from(["0", "1"])
 _NAME = st.lists(_PART, min_size=1, max_size=4).flatmap(
@@ -122,6 +122,38 @@ def test_flux_s_joined_modules_are_split_by_rows(tmp_path: Path) -> None:
     torch.testing.assert_close(single, delta("single_blocks_0_linear1"))
     final = delta("final_layer_adaLN_modulation_1")
     torch.testing.assert_close(rows("norm_out.linear"), torch.cat([final[8:], final[:8]]))
+
+
+COMFY = {
+    "lora_A and lora_B": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight"),
+    "lora_down and lora_up": ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight"),
+    "no component": ("{}.lora_A.weight", "{}.lora_B.weight"),
+    "PEFT's prefix": ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
+}
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize("spelled", COMFY)
+def test_comfyui_s_names_say_what_kohya_s_say(spelled: str, alpha: float | None, tmp_path: Path) -> None:
+    names = {"double_blocks.0.img_attn.qkv": (24, 8), "single_blocks.0.linear1": (56, 8)}
+    told = {
+        name: module(f"lora_unet_{flat(name + '.weight')[:-7]}", s, alpha=alpha) for name, s in names.items()
+    }
+    other: Tensors = {}
+    for name, found in told.items():
+        keys = [key.format(name) for key in COMFY[spelled]]
+        keys.append(f"{keys[0].removesuffix('.weight').rpartition('.')[0]}.alpha")
+        other |= dict(zip(keys, found.values(), strict=False))
+    (tmp_path / "kohya").mkdir()
+    one = bind(
+        read(stored({k: t for found in told.values() for k, t in found.items()}, tmp_path / "kohya")), FLUX
+    )
+    adapter = read(stored(other, tmp_path))
+    two = bind(adapter, {f"transformer.{name}": shape for name, shape in FLUX.items()})
+    assert adapter.format == "diffusers" and two.sites.keys() == {f"transformer.{name}" for name in one.sites}
+    for name, site in one.sites.items():
+        assert torch.equal(dense(two.sites[f"transformer.{name}"]), dense(site)), name
+    assert any("no alpha" in note for note in two.notes) == (alpha is None)
 
 
 def test_joined_modules_of_other_sizes_are_refused(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from graft.formats.source import open_source
 Tensors = dict[str, torch.Tensor]
 ATTN = "down_blocks.0.attentions.1.transformer_blocks.0.attn1"
 CLIP = "text_model.encoder.layers.0"
+TWICE = ("a_b.lora_A", "a_b.lora_B", "a.b.lora_A", "a.b.lora_B")
 BASE = {
     f"unet.{ATTN}.to_q.weight": (6, 5),
     f"unet.{ATTN}.to_out.0.weight": (5, 6),
@@ -125,6 +126,10 @@ def test_the_oldest_files_have_no_component(tmp_path: Path) -> None:
         ("unet.a.to_q.lora.down.weight.alpha", "a.to_q", "alpha"),
         ("unet.a.to_q.lora_A.alpha", "a.to_q", "alpha"),
         ("text_encoder.a.to_q_lora.down.weight.alpha", "a.q_proj", "alpha"),
+        ("diffusion_model.a.b.lora_A.weight", "a.b", "A"),
+        ("diffusion_model.a.b.lora_up.weight", "a.b", "B"),
+        ("transformer.a.to_q.lora_down.weight", "a.to_q", "A"),
+        ("transformer.a.to_q.lora_down.alpha", "a.to_q", "alpha"),
         ("unet.a.weight", "a.weight", "plain"),
         ("unet.a.down.weight", "a.down.weight", "plain"),
         ("alpha", "alpha", "plain"),
@@ -135,6 +140,13 @@ def test_names(key: str, module: str, role: str) -> None:
     found = parse(key)
     assert (found.module, found.role) == (module, role)
     assert found.component == (key.partition(".")[0] if "." in key else "")
+
+
+@pytest.mark.parametrize("start", ["", "base_model.model.", "diffusion_model."])
+def test_flux_s_blocks_need_no_component(start: str) -> None:
+    found = parse(f"{start}double_blocks.3.txt_attn.qkv.lora_A.weight")
+    assert (found.component, found.module) == ("diffusion_model", "double_blocks.3.txt_attn.qkv")
+    assert parse("a.lora_down.weight").role == "plain"
 
 
 @given(
@@ -209,6 +221,17 @@ Q = f"unet.{ATTN}.to_q"
         (lambda t: t.update({f"{Q}.alpha": torch.tensor(2.0)}), settings(), "said twice"),
         (lambda t: t.update({f"{Q}.lokr_w1": torch.ones(2)}), None, "LoKr"),
         (
+            lambda t: t.update(
+                {
+                    f"diffusion_model.{n}.lora_{f}.weight": torch.ones(2, 2)
+                    for n in ("a_b", "a.b")
+                    for f in "AB"
+                }
+            ),
+            None,
+            "diffusion_model.a_b: two modules",
+        ),
+        (
             lambda t: t.update({"unet.a.processor.to_k_custom_diffusion.weight": torch.ones(2)}),
             None,
             "Custom",
@@ -250,6 +273,9 @@ def test_metadata_that_is_no_table_is_refused(text: str, tmp_path: Path) -> None
         ({"transformer.blocks.0.lora_A.weight": 0, "transformer.blocks.0.lora_B.weight": 0}, "diffusers"),
         ({"a.lora_A": 0, "a.lora_B": 0}, "loralib"),
         ({"lora_unet_a.lora_down.weight": 0}, "kohya"),
+        ({"diffusion_model.a.lora_down.weight": 0, "diffusion_model.a.lora_up.weight": 0}, "diffusers"),
+        ({"diffusion_model.a.lokr_w1": 0, "diffusion_model.a.lokr_w2": 0}, "diffusers"),
+        ({"diffusion_model.a.lora_A.weight": 0, "text_encoders.t5xxl.a.lora_A.weight": 0}, "diffusers"),
     ],
 )
 def test_like_names_of_other_formats_are_told_apart(found: dict[str, int], said: str, tmp_path: Path) -> None:

@@ -204,3 +204,45 @@ def test_a_kind_that_nobody_tells_is_not_written_for_peft(tmp_path: Path) -> Non
     assert adapter == peers.bind(adapter, {n: w.shape for n, w in base.items()})
     with pytest.raises(FormatError, match="embedding or stored"):
         write(adapter, tmp_path / "b")
+
+
+def with_head(net: Net, path: Path) -> tuple[peers.Weights, dict[str, torch.Tensor]]:
+    """A file as Microsoft's for GLUE: LoRA, and a head that was trained beside it."""
+    base, _ = saved(net, path)
+    state = {**loralib.lora_state_dict(net), "plain.weight": torch.randn(3, 3), "plain.bias": torch.randn(3)}
+    torch.save(state, path)
+    return base, state
+
+
+def test_a_head_that_was_trained_beside_replaces_the_base_s(tmp_path: Path) -> None:
+    base, state = with_head(Net(), tmp_path / "lora.pt")
+    adapter = bound(tmp_path / "lora.pt", base)
+    assert len(adapter.sites) == 7 and set(adapter.replace) == {"plain.weight", "plain.bias"}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in adapter.replace.items())
+    assert any("plain.weight" in note for note in adapter.notes)
+
+
+@pytest.mark.parametrize("leaf", ["lin.weight", "conv.conv.weight"])
+def test_a_head_beside_an_adapted_weight_may_be_a_whole_model(leaf: str, tmp_path: Path) -> None:
+    net = Net()
+    _, state = with_head(net, tmp_path / "lora.pt")
+    torch.save({**state, leaf: net.state_dict()[leaf]}, tmp_path / "more.pt")
+    with pytest.raises(FormatError, match="whole model"):
+        read(tmp_path / "more.pt", alpha=ALPHA)
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "model", "state_dict", "module", "lora"])
+@pytest.mark.parametrize("start", ["", "module."])
+def test_a_state_dict_inside_another_table(key: str, start: str, tmp_path: Path) -> None:
+    """As loralib's own GPT-2 example nests it, with DataParallel's prefix; heads and biases are kept."""
+    base, state = with_head(Net(), tmp_path / "lora.pt")
+    found = {start + name: tensor for name, tensor in state.items()}
+    torch.save({key: found, "epoch": 3, "optimizer": {"state": {}}}, tmp_path / "nested.pt")
+    peers.assert_same(bound(tmp_path / "nested.pt", base), bound(tmp_path / "lora.pt", base))
+
+
+def test_two_state_dicts_in_one_file_are_refused(tmp_path: Path) -> None:
+    _, state = with_head(Net(), tmp_path / "lora.pt")
+    torch.save({"model": state, "ema": state}, tmp_path / "two.pt")
+    with pytest.raises(FormatError, match="under 2 names, model and ema"):
+        read(tmp_path / "two.pt", alpha=ALPHA)

@@ -112,6 +112,10 @@ TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "loralib's name": (put("lora_A", torch.ones(3, 12)), "not a tensor of PEFT's LoRA"),
     "two names": (put("lora_A.other.weight", torch.ones(3, 12)), "same tensor"),
     "lone original": (put("original_module.weight", torch.ones(20, 12)), "without the trained one"),
+    "transposed": (
+        lambda t: t.update({k: w.T.contiguous() for k, w in t.items()}),
+        "transposed or exchanged",
+    ),
     "wrapped twice": (put("base_layer.lora_A.weight", torch.ones(3, 12)), "has no B"),
 }
 
@@ -122,6 +126,19 @@ def test_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any],
     with pytest.raises(FormatError) as error:
         read(folder)
     assert said in str(error.value)
+
+
+def test_a_tensor_that_is_there_twice_is_told_once(folder: Path) -> None:
+    retensor(folder, put("lora_A.other.weight", torch.ones(3, 12)))
+    with pytest.raises(FormatError) as error:
+        read(folder)
+    assert str(error.value).count("wide.lora_A.other.weight") == 1
+
+
+def test_a_mark_of_byte_order_does_no_harm(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read(folder).sites) == 2
 
 
 def test_all_faults_are_told_at_once(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from graft.bind import bind
 from graft.errors import BaseMismatchError, FormatError
@@ -133,3 +133,50 @@ def test_model_facts() -> None:
         model_facts(None, "x")
     with pytest.raises(FormatError, match="num_attention_heads"):
         model_facts({"hidden_size": 3}, "x")
+
+
+def test_both_of_peft_s_files_are_one_adapter_if_they_hold_the_same(tmp_path: Path) -> None:
+    write(plain(), tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    torch.save(tensors, tmp_path / "a" / "adapter_model.bin")
+    adapter = bind(read(tmp_path / "a"), SHAPES, config=MODEL)
+    assert_same_update(plain(), adapter, rounded=False)
+    assert any("adapter_model.bin holds the same" in note for note in adapter.notes)
+    name = next(iter(tensors))
+    for other in (
+        {**tensors, name: tensors[name] + 1},
+        {**tensors, name: tensors[name].double()},
+        {name: tensors[name]},
+    ):
+        torch.save(other, tmp_path / "a" / "adapter_model.bin")
+        with pytest.raises(FormatError, match="which may differ"):
+            read(tmp_path / "a")
+
+
+def test_weights_beside_the_adapter_are_said(tmp_path: Path) -> None:
+    """LLaVA's training leaves its projector there; a trainer's own states are no weights."""
+    write(plain(), tmp_path / "a")
+    for name in ("optimizer.pt", "rng_state_0.pth", "training_args.bin"):
+        torch.save({}, tmp_path / "a" / name)
+    assert not any("beside" in note for note in read(tmp_path / "a").notes)
+    torch.save({"x": torch.ones(1)}, tmp_path / "a" / "non_lora_trainables.bin")
+    assert any("non_lora_trainables.bin. Weights" in note for note in read(tmp_path / "a").notes)
+
+
+def test_folders_that_hold_adapters_are_named(tmp_path: Path) -> None:
+    for name in ("default", "other"):
+        write(plain(), tmp_path / "a" / name)
+    with pytest.raises(FormatError, match="in its folders default, other: name one"):
+        read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_under_the_name_of_safetensors_is_read_as_what_it_is(zipped: bool, tmp_path: Path) -> None:
+    write(plain(), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+    assert_same_update(plain(), bind(read(tmp_path / "a"), SHAPES, config=MODEL), rounded=False)
+    torch.save({"model": Opened}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FormatError, match="could run code"):
+        read(tmp_path / "a")

@@ -13,6 +13,7 @@ import torch
 from .. import checksum
 from ..adapter import Adapter
 from ..bind import bind
+from ..bind_names import unwrapped
 from ..checkpoint import PIPELINE, Checkpoint
 from ..errors import BaseMismatchError, FormatError, OutputError
 from ..tensors import open_checkpoint, read_json
@@ -128,6 +129,8 @@ def _fit(base: Checkpoint, adapter: Adapter, shapes: dict[str, tuple[int, ...]],
     """Bind to parameters of these names and shapes; a head that is tied or new is settled."""
     new = heads.new_tensors(adapter, shapes)
     if new:
+        plain = {name: unwrapped(name) for name in new}
+        adapter, new = adapter.renamed(lambda name: plain.get(name, name)), list(plain.values())
         grown = {**shapes, **{name: tuple(adapter.replace[name].shape) for name in new}}
         job = _fit(base, adapter, grown, choice)
         origin = next(iter(base.entries))

@@ -95,8 +95,8 @@ def written(
     """:func:`write` with a chosen writer; also what the files' reader must be told."""
     if adapter.flattened:
         raise FormatError(
-            "the adapter's names are spelled with _ for . and only the base's names tell which they are; "
-            "give the base: --base BASE"
+            "only the base's names tell which parameters the adapter's names stand for (they are spelled "
+            "with _ for ., or may be those of the model's authors); give the base: --base BASE"
         )
     kept, lost = carried(to, adapter, target, accept=accept_loss)
     done = to.write(kept, Path(path), target)

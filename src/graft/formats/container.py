@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 
-from ..mapped import load_file, metadata
+from ..mapped import is_safetensors, load_file, metadata
 from ..pickled import load_pickled
+from .nested import is_alone, nested
 from .stored import Stored
-from .training import state_dict_of
 from .zero_checkpoint import find_files, is_checkpoint, open_zero_checkpoint
 from .zero_checkpoint.states import FRAMEWORKS
 
@@ -83,33 +83,15 @@ class TensorFile:
         return path.is_file()
 
     def open(self, path: Path) -> Opened:
-        nested = None
-        if path.suffix != ".safetensors" and begins(path)[8:9] != b"{":
-            value = load_pickled(path, inert=FRAMEWORKS)
-            alone = _adapter_alone(value)
-            if alone is not None:
-                return Opened(path, (path.parent,), (path,), tensors=alone)
-            nested = state_dict_of(value)
-        if nested is None:
+        state = None if is_safetensors(path) else nested(load_pickled(path, inert=FRAMEWORKS), path)
+        if state is None:
             return Opened(
                 path, (path.parent,), (path,), tensors=load_file(path), metadata=dict(metadata(path))
             )
-        whole = {name: Stored.of(tensor) for name, tensor in nested.items()}
+        if is_alone(state):
+            return Opened(path, (path.parent,), (path,), tensors=state)
+        whole = {name: Stored.of(tensor) for name, tensor in state.items()}
         return Opened(path, (path.parent,), (path,), whole=whole)
-
-
-def _adapter_alone(value: object) -> dict[str, torch.Tensor] | None:
-    """litgpt's ``{"model": …}`` around nothing but LoRA's tensors."""
-    inner = cast("dict[object, object]", value).get("model") if isinstance(value, dict) else None
-    if not isinstance(inner, dict) or not inner:
-        return None
-    found: dict[str, torch.Tensor] = {}
-    for key, tensor in cast("dict[object, object]", inner).items():
-        name = str(key)
-        if not isinstance(tensor, torch.Tensor) or name.rpartition(".")[2] not in ("lora_A", "lora_B"):
-            return None
-        found[name] = tensor.detach()
-    return found
 
 
 def begins(path: Path, count: int = 16) -> bytes:

@@ -22,7 +22,7 @@ _RIGHT, _LEFT = "lora_right_weight", "lora_left_weight"
 _HOLDS = Holds("DeepSpeed-Chat")
 _WHOLE = (
     "the file holds the whole model: whether fuse_lora_weight had added ΔW to it is told by comparing its "
-    "frozen weights with the base's, where both have one dtype"
+    "frozen weights with the base's, where both have one dtype or the file's is float32"
 )
 
 

@@ -17,12 +17,16 @@ from ..adapter import Adapter, LowRank
 from ..errors import FormatError
 from ..fingerprint import loads
 from . import diffusers_settings
-from .diffusers_keys import Key, parse
+from .diffusers_keys import COMFY, Key, parse
 from .diffusers_settings import METADATA_KEY
 from .ledger import Ledger, listed
 from .peft.config import LoraSettings
 from .protocol import Loss, Options, Target, Written
 from .source import Source
+
+#: how names of LyCORIS's other methods begin
+_OTHERS = ("lokr_", "hada_")
+_UNSCALED = "the file says no alpha, so the scale is 1, as ComfyUI and diffusers take it"
 
 
 class DiffusersFormat:
@@ -35,7 +39,8 @@ class DiffusersFormat:
         if source.config is not None and "peft_type" in source.config:
             return False
         keys = [key for key in map(parse, source.tensors) if key.role in ("A", "B")]
-        if any(key.era < 3 for key in keys):
+        comfy = any(key.component == COMFY for key in keys) or any(map(_other_method, source.tensors))
+        if comfy or any(key.era < 3 for key in keys):
             return True
         return bool(keys) and (METADATA_KEY in source.metadata or all(map(_of_pipeline, keys)))
 
@@ -106,12 +111,20 @@ class _Reader:
             )
         self.ledger.check_tensors(numbers=alphas)
         sites: dict[str, LowRank] = {}
+        # the model's authors may have named its modules: binding knows those names spelled with _
+        flattened = any(component == COMFY for component, _ in self.modules)
         for (component, module), roles in self.modules.items():
-            name = f"{component}.{module}".removeprefix(".")
+            inner = module.replace(".", "_") if flattened else module
+            name = f"{component}.{inner}".removeprefix(".")
             site = self._site(name, module, roles, settings.get(component))
+            if f"{name}.weight" in sites:
+                self.ledger.problems.add(
+                    f"{name}: two modules of the file have this name when . is spelled _"
+                )
             if site is not None:
                 sites[f"{name}.weight"] = site
         self.ledger.close(explain=_explain)
+        notes = [_UNSCALED] if flattened and not settings and not alphas else []
         silent = sorted({component for component, _ in self.modules} - settings.keys()) if settings else []
         told = {key: str(value) for key, value in self.source.metadata.items()}
         return Adapter(
@@ -120,7 +133,8 @@ class _Reader:
             format="diffusers",
             base=loads(told),
             components=frozenset(component for component, _ in self.modules if component),
-            notes=tuple(f"{METADATA_KEY} says nothing of {one}, so its scale is 1" for one in silent),
+            flattened=flattened,
+            notes=(*notes, *(f"{METADATA_KEY} says nothing of {one}, so its scale is 1" for one in silent)),
         )
 
     def _collect(self) -> None:
@@ -202,9 +216,14 @@ class _Reader:
         return scale
 
 
+def _other_method(key: str) -> bool:
+    """A tensor of LoKr or LoHa under ComfyUI's names."""
+    return key.startswith(f"{COMFY}.") and key.rpartition(".")[2].startswith(_OTHERS)
+
+
 def _explain(key: str) -> str:
     parts = key.split(".")
-    if any(part.startswith(("lokr_", "hada_")) for part in parts):
+    if any(part.startswith(_OTHERS) for part in parts):
         return "LoKr or LoHa, whose ΔW has no pair of factors"
     if any("custom_diffusion" in part for part in parts):
         return "Custom Diffusion trains whole projections, no LoRA"

@@ -2,7 +2,8 @@
 
 The file holds ``<module>.lora_A`` and ``<module>.lora_B`` (and biases), and says nothing of alpha, of the
 module's class, or of MergedLinear's ``enable_lora``: alpha is asked for, the rest is decided by the base's
-shapes when the adapter is bound. scale = alpha / r.
+shapes when the adapter is bound. scale = alpha / r. A head that was trained beside LoRA may lie in the file
+too, as in Microsoft's own files for GLUE (``examples/NLU/utils/split_lora.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..adapter import Adapter, LowRank
 from ..errors import FormatError
 from ..layout import Layout
 from .ledger import Ledger, listed
+from .nested import is_alone
 from .protocol import Loss, Options, Target, Written
 from .source import Source
 
@@ -50,7 +52,6 @@ def _read(source: Source, options: Options) -> Adapter:
     ledger.problems.raise_if_any()
     sites: dict[str, LowRank] = {}
     replace: dict[str, torch.Tensor] = {}
-    others: list[str] = []
     for key in source.tensors:
         module, _, leaf = key.rpartition(".")
         if leaf == "lora_A":
@@ -65,19 +66,32 @@ def _read(source: Source, options: Options) -> Adapter:
             if f"{module}.lora_A" not in source.tensors:
                 ledger.take(key)
                 ledger.problems.add(f"{key} has no lora_A")
-        elif any("bias" in part for part in key.split(".")):  # loralib's own rule for bias="all"
-            replace[key] = ledger.take(key)
         else:
-            others.append(key)
-    if others:
+            replace[key] = ledger.take(key)
+    others = [key for key in replace if not _is_bias(key)]
+    if others and not is_alone(source.tensors):
         raise FormatError(
-            f"{source.weights} holds a whole model ({len(others)} tensors besides LoRA's: "
+            f"{source.weights} holds a whole model ({len(others)} tensors besides LoRA's and biases: "
             f"{listed(others, 3)}); whether its weights already hold the update (loralib adds it on eval()) "
             "cannot be told, so save loralib.lora_state_dict(model) alone"
         )
     ledger.close()
-    note = "loralib's files do not name the class of a module: it is told by the base's shapes"
-    return Adapter(sites, replace, format="loralib", config={"alpha": alpha}, notes=(note,))
+    config: dict[str, object] = {"alpha": alpha}
+    notes = ["loralib's files do not name the class of a module: it is told by the base's shapes"]
+    if others:
+        config["modules_to_save"] = sorted({_head(key) for key in others})
+        notes.append(f"trained whole beside LoRA, as the file holds no other weights: {listed(others)}")
+    return Adapter(sites, replace, format="loralib", config=config, notes=tuple(notes))
+
+
+def _is_bias(key: str) -> bool:
+    """loralib's own rule for ``bias="all"``."""
+    return any("bias" in part for part in key.split("."))
+
+
+def _head(key: str) -> str:
+    """The module of the model that a full tensor lies in; ``module.`` in front is DataParallel's."""
+    return key.removeprefix("module.").partition(".")[0]
 
 
 def _blocks(module: str, options: Options) -> Sequence[bool] | None:

@@ -13,22 +13,11 @@ from ..adapter import Beside
 from ..errors import FormatError
 from ..fingerprint import loads
 from ..tensors import read_json
+from .beside import PREFERRED, SUFFIXES, inside, preferred_in, twins, unread
 from .container import Container, Opened
 from .stored import Stored
 from .training import is_training, split
 
-#: the file that a producer calls the adapter, where a directory holds more weight files than that
-_PREFERRED = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "adapters.safetensors",
-    "adapter.safetensors",
-    "pytorch_adapter.bin",
-    "lit_model.pth.lora",
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin",
-)
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".lora", ".gguf")
 CONFIG_NAME = "adapter_config.json"
 
 
@@ -150,9 +139,10 @@ def find_source(
     path = Path(path)
     if config is not None and not Path(config).is_file():
         raise FormatError(f"there is no adapter configuration at {config}; correct the path given")
-    found = _candidates(path, containers)
+    found, notes = _candidates(path, containers)
     if len(found) == 1:
-        return open_source(*found[0], config)
+        source = open_source(*found[0], config)
+        return replace(source, notes=(*source.notes, *notes))
     known: list[Source] = []
     for place, container in found:
         try:
@@ -168,24 +158,28 @@ def find_source(
     raise FormatError(f"{path} holds several {what} ({names}); name the adapter's file itself")
 
 
-def _candidates(path: Path, containers: Sequence[Container]) -> list[tuple[Path, Container]]:
+def _candidates(
+    path: Path, containers: Sequence[Container]
+) -> tuple[list[tuple[Path, Container]], list[str]]:
+    """What may be the adapter, with the container that holds it; notes on what lies beside it."""
     if not path.exists():
         raise FormatError(f"there is no adapter at {path}; name an adapter file or directory that exists")
-    preferred = [path / name for name in _PREFERRED if path.is_dir() and (path / name).is_file()]
-    if len(preferred) > 1:
+    preferred = preferred_in(path)
+    twin = len(preferred) > 1 and twins(preferred)
+    if len(preferred) > 1 and not twin:
         raise FormatError(
             f"{path} holds both {' and '.join(p.name for p in preferred)}, which may differ; "
             "name the one to use, or remove the other"
         )
     here = next((one for one in containers if not preferred and one.holds(path)), None)
     if here is not None:
-        return [(path, here)]
-    places = preferred or sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+        return [(path, here)], []
+    places = preferred[:1] or sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if not places:
-        raise FormatError(
-            f"{path} holds no adapter weights ({' or '.join(_PREFERRED[:2])}); it holds: {_listing(path)}"
-        )
-    return [(place, next(one for one in containers if one.holds(place))) for place in places]
+        raise FormatError(f"{path} holds no adapter weights ({' or '.join(PREFERRED[:2])}); {inside(path)}")
+    notes = [f"{preferred[1].name} holds the same tensors as {preferred[0].name}"] if twin else []
+    notes += unread(path, preferred) if preferred else []
+    return [(place, next(one for one in containers if one.holds(place))) for place in places], notes
 
 
 def _read_yaml(path: Path) -> Mapping[str, object]:
@@ -205,8 +199,3 @@ def _read_yaml(path: Path) -> Mapping[str, object]:
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds no mapping of settings")
     return cast("dict[str, object]", value)
-
-
-def _listing(path: Path) -> str:
-    names = sorted(p.name for p in path.iterdir())
-    return ", ".join(names[:8]) + (" …" if len(names) > 8 else "") if names else "nothing"

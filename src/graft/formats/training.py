@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
 from ..adapter import Beside
 from ..errors import FormatError
-from ..fingerprint import fingerprint
+from ..fingerprint import rounded
 from .ledger import listed
 from .peft import keys
 from .stored import Stored, gather
@@ -157,10 +156,10 @@ def _trained_biases(
 
 
 def _fingerprint(stored: Stored) -> str:
-    """:func:`graft.fingerprint.fingerprint` of a tensor, of which only the beginning is read."""
-    head = torch.empty(min(stored.numel, 16384 // stored.dtype.itemsize), dtype=stored.dtype)
+    """:func:`graft.fingerprint.rounded` of a tensor, of which only the beginning is read."""
+    head = torch.empty(min(stored.numel, 16384), dtype=stored.dtype)
     stored.read(0, head)
-    return fingerprint(head)
+    return rounded(head)
 
 
 def _notes(stored: Mapping[str, Stored], outside: list[str]) -> tuple[str, ...]:
@@ -184,16 +183,3 @@ def _refuse_fused(stored: Mapping[str, Stored], where: object) -> None:
             f"{where} was saved while the adapter was fused ({listed(fused, 2)}), so its weights hold ΔW "
             "already; save it again after graft.unfuse(model)"
         )
-
-
-def state_dict_of(value: object) -> dict[str, torch.Tensor] | None:
-    """The state dict in a trainer's file: under ``state_dict`` (Lightning) or ``module`` (DeepSpeed)."""
-    if not isinstance(value, dict):
-        return None
-    table = cast("dict[object, object]", value)
-    for key in ("state_dict", "module"):
-        inner = table.get(key)
-        if isinstance(inner, dict):
-            found = cast("dict[object, object]", inner)
-            return {str(n): t.detach() for n, t in found.items() if isinstance(t, torch.Tensor)}
-    return None

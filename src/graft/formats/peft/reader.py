@@ -88,6 +88,7 @@ class _Reader:
                 continue
             roles = modules.setdefault(key.module, {})
             if key.role in roles:
+                self.ledger.take(key.text)
                 self.problems.add(f"{key.text} and {roles[key.role].text} are the same tensor of one module")
                 continue
             roles[key.role] = key
@@ -155,6 +156,12 @@ class _Reader:
         kind, factor_a, factor_b = self._shaped(a, factor_a, factor_b)
         magnitude = self._magnitude(roles, b)
         self._bias(roles, name, leaf, scale)
+        if factor_a.shape[1:] == factor_b.shape[:1] == (rank,) != factor_a.shape[:1]:
+            self.problems.add(
+                f"{a.text} {list(factor_a.shape)} and {b.text} {list(factor_b.shape)} are transposed or "
+                f"exchanged: A is [r, in] and B is [out, r], and r is {rank}"
+            )
+            return
         if factor_a.dim() != 2 or factor_b.dim() != 2 or factor_a.shape[0] != factor_b.shape[1]:
             self.problems.add(
                 f"{a.text} and {b.text} do not agree on the rank: "
