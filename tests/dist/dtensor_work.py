@@ -360,6 +360,13 @@ def fails_together(folder: Path, kind: str, order: str) -> None:
     assert all(torch.equal(after[n], v) for n, v in before.items())
 
 
+def death(folder: str, gather: bool) -> None:
+    from graft.engines.dtensor import ENGINE
+
+    model, _ = built("fsdp", "after")
+    apart.dies_in_export(model, ENGINE, Path(folder), gather)
+
+
 CASES: dict[int, list[tuple[str, str, list[Callable[[Path, str, str], None]]]]] = {
     4: [
         ("2d", "after", [trains, fuses, exports, checkpoints]),

@@ -22,6 +22,19 @@ def run(size: int, work: Callable[..., None], *args: Any, timeout: float = 60) -
         mp.spawn(_enter, (size, _free_port(), folder, timeout, work, args), nprocs=size, join=True)  # pyright: ignore
 
 
+def exit_codes(size: int, work: Callable[..., None], *args: Any, timeout: float = 60) -> list[int | None]:
+    """The same where a process may die: the others go on, and nothing is raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        rest = (size, _free_port(), folder, timeout, work, args)
+        context = mp.get_context("spawn")
+        team = [context.Process(target=_enter, args=(rank, *rest)) for rank in range(size)]
+        for process in team:
+            process.start()
+        for process in team:
+            process.join(240)
+        return [process.exitcode for process in team]
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

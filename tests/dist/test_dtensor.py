@@ -10,8 +10,8 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 import graft
-from tests.dist.dtensor_work import CASES, adapt, make, names, values, work
-from tests.dist.group import run
+from tests.dist.dtensor_work import CASES, adapt, death, make, names, values, work
+from tests.dist.group import exit_codes, run
 
 pytestmark = pytest.mark.dist
 
@@ -46,3 +46,13 @@ def test_a_checkpoint_of_four_processes_loads_in_one(folder: Path) -> None:
     want = torch.load(source / "factors.pt", weights_only=True)
     got = values(model)
     assert all(torch.equal(got[n], v) for n, v in want.items())
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_a_process_that_dies_in_export_leaves_nothing_and_stops_the_other(
+    tmp_path: Path, gather: bool
+) -> None:
+    assert exit_codes(2, death, str(tmp_path), gather) == [0, 7]
+    report = json.loads((tmp_path / "death.json").read_text())
+    assert report["met"] != "nothing" and not report["left"], report
+    assert report["seconds"] < 60, report
