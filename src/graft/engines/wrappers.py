@@ -60,7 +60,7 @@ class PartOfWrapped(nn.Module):
 
 
 class Replicas(world.Team, Plain):
-    """Processes that each hold the whole model and wait for each other (DDP, ZeRO stages 1 and 2)."""
+    """Processes that each hold the whole model and wait for each other (DDP, ZeRO stages 0 to 2)."""
 
     name = "replicas"
 
