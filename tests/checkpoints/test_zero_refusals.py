@@ -107,6 +107,10 @@ THREE: dict[str, Case] = {
         lambda tag: [(tag / OPTIM.format(rank)).unlink() for rank in (0, 1)],
         ("no optimizer states",),
     ),
+    "universal": (
+        lambda tag: [(tag / "zero").mkdir(), *((tag / OPTIM.format(rank)).unlink() for rank in (0, 1))],
+        ("universal checkpoint", "was made from"),
+    ),
 }  # fmt: skip
 
 TWO: dict[str, Case] = {

@@ -88,6 +88,11 @@ def _trained(
 def _untold(files: Files, models: dict[int, ModelStates]) -> dict[str, Stored]:
     """Stage 0: the module's own tensors are all there is."""
     first = next(iter(models.values()))
+    if (files.folder / "zero").is_dir():
+        raise FormatError(
+            f"{files.folder} is a universal checkpoint, as ds_to_universal writes it, which is not read; "
+            "name the checkpoint that it was made from"
+        )
     if files.sharded or first.shapes:
         raise FormatError(
             f"{files.folder} has no optimizer states (zero_pp_rank_0_mp_rank_00_optim_states.pt, …), "
