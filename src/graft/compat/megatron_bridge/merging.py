@@ -153,17 +153,20 @@ def _group(size: int, group: Any) -> Any:
     """A group of exactly ``size`` processes."""
     if group is None and dist.is_initialized():
         group = dist.group.WORLD
-    have = None if group is None else int(group.size())
+    have = size if group is None else int(group.size())
     if have != size:
         raise LayoutError(
-            f"the factors are cut over tp_size={size} processes, and "
-            + ("there is no process group" if have is None else f"the group has {have}")
-            + "; pass tp_group"
+            f"the factors are cut over tp_size={size} processes, and the group has {have}; pass tp_group"
         )
     return group
 
 
 def _gather(shard: torch.Tensor, size: int, group: Any) -> torch.Tensor:
     parts = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(size)]
-    dist.all_gather(parts, shard.contiguous(), group=group)
+    try:
+        dist.all_gather(parts, shard.contiguous(), group=group)
+    except ValueError:  # torch's, of a group that was never made
+        raise LayoutError(
+            f"the factors are cut over tp_size={size} processes, and there is no process group; pass tp_group"
+        ) from None
     return torch.cat(parts)
