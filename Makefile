@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 
 # One thread a process: two pytest workers then share two cores instead of fighting for them.
 test: $(VENV)/.dev
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

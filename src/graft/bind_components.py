@@ -111,7 +111,8 @@ def _one(adapter: Adapter) -> list[str]:
         raise BaseMismatchError(
             f"the adapter changes several models of a pipeline: {_counts(adapter, names)}; the base is one "
             "model. Give the whole pipeline as the base (the directory with model_index.json), or choose the "
-            f"part that this model is: {' or '.join(f'--component {name}' for name in names)}"
+            f"part that this model is: {' or '.join(f'--component {name}' for name in names)} "
+            f"(in Python component={names[0]!r})"
         )
     return names
 
