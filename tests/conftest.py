@@ -17,7 +17,8 @@ _STARTED_ONCE = {"folder", "results"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that read what one group of processes did go to one of xdist's workers, so that it runs once."""
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("dist"):
-            if not _STARTED_ONCE.isdisjoint(item.fixturenames):
-                world = item.callspec.params.get("world", "") if hasattr(item, "callspec") else ""
-                item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}{world}"))
+        if not isinstance(item, pytest.Function) or item.get_closest_marker("dist") is None:
+            continue
+        if not _STARTED_ONCE.isdisjoint(item.fixturenames):
+            world = item.callspec.params.get("world", "") if hasattr(item, "callspec") else ""
+            item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}{world}"))
