@@ -16,7 +16,8 @@ from graft.adapter import Adapter
 from graft.bind import bind
 from graft.errors import FormatError
 from graft.formats import Target, read, write
-from graft.formats.torchtune import NAMES, TorchtuneFormat
+from graft.formats.torchtune import TorchtuneFormat
+from graft.formats.torchtune_names import NAMES
 
 from .carrying import LINEAR, MODEL, SHAPES, assert_same_update, plain, update
 from .peers import reference

@@ -16,15 +16,14 @@ import torch
 
 from ..adapter import Adapter, LowRank
 from ..errors import FormatError
+from . import litgpt_writer
 from .ledger import Ledger, listed
-from .litgpt_names import FAMILIES, GROUPED, MODULES, QKV, Family
-from .litgpt_qkv import Block, Heads, blocks, cut
-from .model_facts import model_facts
+from .litgpt_names import GROUPED, HYPERPARAMETERS, MODULES, QKV, Family, family_of
+from .litgpt_qkv import Block, Heads, blocks, cut, heads_of
 from .protocol import Loss, Options, Target, Written
 from .renames import Renames
 from .source import Source
 
-HYPERPARAMETERS = "hyperparameters.yaml"
 _CONFIGS = ("model_config.yaml", "lit_config.json")
 _FLAGS = ("lora_query", "lora_key", "lora_value")
 _KNOWN = Renames({name: name for name in (QKV, GROUPED, *MODULES)})
@@ -46,41 +45,10 @@ class LitgptFormat:
         return _Reader.of(source, options).read()
 
     def losses(self, adapter: Adapter, target: Target) -> list[Loss]:
-        from . import litgpt_writer
-
         return litgpt_writer.losses(adapter, target)
 
     def write(self, adapter: Adapter, path: Path, target: Target) -> Written:
-        from . import litgpt_writer
-
         return litgpt_writer.write(adapter, path, target)
-
-
-def family_of(model: Mapping[str, object] | None) -> Family | None:
-    """How the base names its modules; None without a Hugging Face base.
-
-    Raises:
-        FormatError: a model that is not known here.
-    """
-    kind = (model or {}).get("model_type")
-    if not kind:
-        return None
-    if kind not in FAMILIES:
-        raise FormatError(
-            f"litgpt's names are not known for a base of model_type {kind!r}; known are: "
-            f"{', '.join(FAMILIES)}"
-        )
-    return FAMILIES[str(kind)]
-
-
-def heads_of(model: Mapping[str, object] | None) -> Heads:
-    """Of the base's attention.
-
-    Raises:
-        FormatError: no base, or one that does not say.
-    """
-    facts = model_facts(model, "litgpt's fused q, k and v")
-    return Heads(facts.heads, facts.kv_heads, facts.head_dim)
 
 
 @dataclass

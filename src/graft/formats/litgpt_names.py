@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..errors import FormatError
 from .renames import Renames
 
+HYPERPARAMETERS = "hyperparameters.yaml"
 BLOCK = "transformer.h.{}."
 #: [q; k; v], since pull request 1013; before that, q…q k v of each query group
 QKV, GROUPED = f"{BLOCK}attn.qkv", f"{BLOCK}attn.attn"
@@ -79,3 +81,20 @@ FAMILIES: Mapping[str, Family] = {
         (f"{_NEOX}attention.query_key_value",),
     ),
 }
+
+
+def family_of(model: Mapping[str, object] | None) -> Family | None:
+    """How the base names its modules; None without a Hugging Face base.
+
+    Raises:
+        FormatError: a model that is not known here.
+    """
+    kind = (model or {}).get("model_type")
+    if not kind:
+        return None
+    if kind not in FAMILIES:
+        raise FormatError(
+            f"litgpt's names are not known for a base of model_type {kind!r}; known are: "
+            f"{', '.join(FAMILIES)}"
+        )
+    return FAMILIES[str(kind)]

@@ -7,10 +7,12 @@ other. Blocks are of unequal height where queries share keys. Source: litgpt, ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from .model_facts import model_facts
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,13 @@ def cut(found: Sequence[Block], first: int, last: int) -> tuple[torch.Tensor, to
     for n, (one, mask) in enumerate(chosen):
         b[one.rows[mask] - first, n * rank : (n + 1) * rank] = one.B[mask]
     return torch.cat([one.A for one, _ in chosen]), b
+
+
+def heads_of(model: Mapping[str, object] | None) -> Heads:
+    """Of the base's attention.
+
+    Raises:
+        FormatError: no base, or one that does not say.
+    """
+    facts = model_facts(model, "litgpt's fused q, k and v")
+    return Heads(facts.heads, facts.kv_heads, facts.head_dim)

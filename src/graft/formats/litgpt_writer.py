@@ -17,9 +17,8 @@ from ..errors import FormatError
 from ..tensors import atomic_directory, output_errors
 from .blocks import joined
 from .holding import Holds
-from .litgpt import HYPERPARAMETERS, family_of, heads_of
-from .litgpt_names import Family
-from .litgpt_qkv import Heads
+from .litgpt_names import HYPERPARAMETERS, Family, family_of
+from .litgpt_qkv import Heads, heads_of
 from .model_facts import ModelSizes, model_sizes
 from .protocol import Loss, Target, Written
 from .uniform import alpha_of, commonest_scale, one_rank, with_scale

@@ -17,7 +17,7 @@ from ..fingerprint import dumps
 from ..tensors import atomic_directory, save_file
 from .blocks import joined
 from .holding import Holds
-from .mlx import stacked_name
+from .mlx_names import stacked_name
 from .model_facts import experts_of, layers_of
 from .protocol import Loss, Target, Written
 from .uniform import commonest_scale, one_rank, with_scale

@@ -17,29 +17,13 @@ import torch
 
 from ..adapter import Adapter, LowRank
 from ..errors import FormatError
+from . import torchtune_writer
 from .ledger import Ledger, listed
-from .model_facts import model_facts
 from .protocol import Loss, Options, Target, Written
-from .renames import Renames
 from .rotary import renamed
 from .source import CONFIG_NAME, Source
+from .torchtune_names import NAMES, RECIPE, heads_turned
 
-RECIPE = "torchtune_config.yaml"
-NAMES = Renames(
-    {
-        **{f"layers.{{}}.attn.{x}_proj": f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"},
-        "layers.{}.attn.output_proj": "model.layers.{}.self_attn.o_proj",
-        "layers.{}.mlp.w1": "model.layers.{}.mlp.gate_proj",
-        "layers.{}.mlp.w2": "model.layers.{}.mlp.down_proj",
-        "layers.{}.mlp.w3": "model.layers.{}.mlp.up_proj",
-        "output": "lm_head",
-    }
-)
-#: transformers' ``model_type`` → whether torchtune rotates neighbouring rows of a head, not its halves
-_NEIGHBOURS = {
-    **dict.fromkeys(("llama", "mistral", "gemma", "gemma2"), True),
-    **dict.fromkeys(("qwen2", "qwen3"), False),
-}
 _ROLES = {"lora_a.weight": "A", "lora_b.weight": "B", "magnitude": "m"}
 
 
@@ -82,13 +66,9 @@ class TorchtuneFormat:
         return Adapter(sites, format="torchtune", config=config, notes=tuple(notes))
 
     def losses(self, adapter: Adapter, target: Target) -> list[Loss]:
-        from . import torchtune_writer
-
         return torchtune_writer.losses(adapter, target)
 
     def write(self, adapter: Adapter, path: Path, target: Target) -> Written:
-        from . import torchtune_writer
-
         return torchtune_writer.write(adapter, path, target)
 
 
@@ -98,29 +78,6 @@ def parse(key: str) -> tuple[str, str]:
         if key.endswith(f".{ending}"):
             return key[: -len(ending) - 1], role
     return key, ""
-
-
-def heads_turned(name: str, model: Mapping[str, object] | None) -> int:
-    """The heads whose rows are in another order, for q and k under the base's names; else 0.
-
-    Raises:
-        FormatError: a base whose order torchtune does not say, or that does not say its heads.
-    """
-    kind = (model or {}).get("model_type")
-    if not kind:
-        raise FormatError(
-            "torchtune's order of the rows of q and k follows from the base: give it (--base BASE)"
-        )
-    if kind not in _NEIGHBOURS:
-        raise FormatError(
-            f"how torchtune has a base of model_type {kind!r} is not known here; known are: "
-            f"{', '.join(_NEIGHBOURS)}"
-        )
-    leaf = name.removesuffix(".weight").rpartition(".")[2]
-    if not _NEIGHBOURS[str(kind)] or leaf not in ("q_proj", "k_proj"):
-        return 0
-    facts = model_facts(model, "torchtune's order of the rows of q and k")
-    return facts.heads if leaf == "q_proj" else facts.kv_heads
 
 
 def _settings(source: Source, options: Options) -> tuple[int | None, float, dict[str, object]]:

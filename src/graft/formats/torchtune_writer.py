@@ -19,7 +19,7 @@ from .holding import Holds
 from .model_facts import layers_of
 from .protocol import Loss, Target, Written
 from .rotary import can_turn, to_neighbours
-from .torchtune import NAMES, RECIPE, heads_turned
+from .torchtune_names import NAMES, RECIPE, heads_turned
 from .uniform import alpha_of, commonest_scale, one_rank, with_scale
 from .yaml_text import yaml_text
 

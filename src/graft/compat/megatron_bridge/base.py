@@ -17,7 +17,7 @@ from ...engines.wrappers import is_wrapped, unwrap
 from ...errors import Problems, StateError, TargetError
 from ...fusing import disabled
 from ...kinds import read_always
-from .layers import Bridged
+from .bridged import Bridged
 from .matcher import ModuleMatcher, is_linear
 from .recompute import let_recomputed_layers_train
 

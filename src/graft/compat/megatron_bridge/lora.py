@@ -13,8 +13,8 @@ from ...engines.megatron_modules import ROW, role_of
 from ...errors import TargetError
 from ...options import Options
 from .base import PEFT, chunks
+from .layers import adapt_in_place
 from .matcher import ModuleMatcher, _targets, is_linear  # pyright: ignore[reportPrivateUsage]
-from .transforming import adapt_linear
 
 
 @dataclass
@@ -75,7 +75,7 @@ class LoRA(PEFT, ModuleMatcher):
             all_to_all=self.a2a_experimental and _sums_sequences(module),
         )
         weight = f"{full}.weight" if full else "weight"
-        return adapt_linear(module, weight, options, (self.lora_A_init_method, self.lora_B_init_method))
+        return adapt_in_place(module, weight, options, (self.lora_A_init_method, self.lora_B_init_method))
 
     def _rank_of(self, module: nn.Module, full: str) -> int:
         if not (self.normalize_moe_lora and is_expert(full)):

@@ -17,7 +17,7 @@ from ...errors import TargetError
 from ...kinds import natural_layout
 from ...options import Options
 from ...targets import Holder, Target
-from .layers import Adapter, Bridged, LinearAdapter, LoRALinear, become, dropout_of
+from .bridged import Bridged, become
 
 Module = TypeVar("Module", bound=nn.Module)
 Fill = Callable[[torch.Tensor], object]
@@ -67,13 +67,21 @@ def check_inits(inits: tuple[str, str]) -> None:
         )
 
 
-def adapt_linear(module: Module, name: str, options: Options, inits: tuple[str, str]) -> Module:
+def adapt_linear(
+    module: Module,
+    name: str,
+    options: Options,
+    inits: tuple[str, str],
+    kind: type[Bridged],
+    child: Callable[[Site], tuple[str, nn.Module]],
+) -> Module:
     """Give a linear new factors and freeze its weight and bias; the module itself, with its class swapped.
 
     Args:
         name: the weight's full name, for messages.
         options: with ``dtype`` None the factors have the weight's.
         inits: names of the initial distributions of A and B.
+        kind, child: what it becomes, and the child that this needs, by name.
     Raises:
         TargetError: the weight or the options do not allow it; the module is left as it was.
     """
@@ -91,9 +99,8 @@ def adapt_linear(module: Module, name: str, options: Options, inits: tuple[str, 
         factor = torch.empty(shape, dtype=options.dtype, device=weight.device)
         fill(method, plain=plain)(factor)
         pair.append(nn.Parameter(factor))
-    layer: Bridged = become(module, LinearAdapter if plain else LoRALinear)
-    child = ("dropout", dropout_of(site)) if plain else ("adapter", Adapter(site))
-    layer.add_module(*child)
+    layer = become(module, kind)
+    layer.add_module(*child(site))
     try:
         attach_target(layer, Target((Holder(name, layer, "weight"),)), site, (pair[0], pair[1]))
     except BaseException:
