@@ -14,6 +14,7 @@ settings.load_profile("graft")
 _STARTED_ONCE = {"folder", "results"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that read what one group of processes did go to one of xdist's workers, so that it runs once."""
     for item in items:
