@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import STARTED_ONCE
+
 SOURCE = Path(__file__).parent.parent / "src" / "graft"
 
 #: Room → its modules. docs/architecture.md draws the same map; a new module gets a place in both.
@@ -179,3 +181,14 @@ def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
     }
     lost = [f for f in folders for part in f.parts for pattern in patterns if fnmatchcase(part, pattern)]
     assert not lost and len(folders) > 5
+
+
+def test_every_file_of_tests_that_start_processes_once_goes_to_one_worker() -> None:
+    tests = Path(__file__).parent
+    marked = {
+        str(path.relative_to(tests.parent))
+        for path in tests.rglob("test_*.py")
+        if "pytest.mark.dist" in (text := path.read_text())
+        and re.search(r'scope="module"\)\ndef (folder|results)', text)
+    }
+    assert marked == STARTED_ONCE
