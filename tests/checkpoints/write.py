@@ -19,6 +19,7 @@ from torch import nn
 from tests.checkpoints import models
 
 #: saved after the first step too
+_CPU = {"device": "cpu"}
 TWICE = ("odd-2-bf16-2", "odd-3-bf16-2")
 
 
@@ -45,6 +46,8 @@ def _work(rank: int, world: int, folder: Path, port: int) -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for half a minute
+    # DeepSpeed asks the processor for fast fp16, of which these files have no need
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed("gloo")
     for name, make in _variants(world).items():
         _one(folder / f"{name}-{world}", make)
@@ -59,7 +62,7 @@ Made = tuple[nn.Module, list[dict[str, object]] | None, dict[str, object], bool]
 
 
 def _variants(world: int) -> dict[str, Callable[[], Made]]:
-    bf16 = {"bf16": {"enabled": True}}
+    bf16, fp16 = ({name: {"enabled": True}} for name in ("bf16", "fp16"))
     found: dict[str, Callable[[], Made]] = {
         "odd-2-bf16": lambda: _odd(2, bf16),
         "odd-3-bf16": lambda: _odd(3, bf16),
@@ -76,6 +79,10 @@ def _variants(world: int) -> dict[str, Callable[[], Made]]:
         "odd-3-lean": lambda: _odd(3, bf16, lean=True),
         "odd-1-wide": lambda: _odd(1, {**bf16, "data_types": {"grad_accum_dtype": "fp32"}}),
         "odd-0": lambda: _odd(0, bf16),
+        "fp16-2": lambda: _odd(2, fp16),
+        "fp16-3": lambda: _odd(3, fp16),
+        "robin-2": lambda: _odd(2, bf16, {"round_robin_gradients": True}),
+        "offload-3": lambda: _odd(3, bf16, dict.fromkeys(("offload_optimizer", "offload_param"), _CPU)),
         "peft-1": lambda: _peft(1, models.PEFT),
         "peft-3": lambda: _peft(3, models.PEFT),
         "peft-3-lean": lambda: _peft(3, models.PEFT, lean=True),
