@@ -18,7 +18,7 @@ import torch
 from .atomic import atomic_directory, output_errors
 from .effective import fused_blocks, part_blocks
 from .engines import Part, engine_of, world
-from .engines.wrappers import Together, is_spread
+from .engines.wrappers import Together, is_spread, together
 from .errors import StateError
 from .held import Held, deltas
 from .shared_files import Filler, Plan, lay_out
@@ -73,11 +73,13 @@ def write(
         atomic_directory(out, force=force) if writer else nullcontext()
     )
     with target as folder:
-        if folder is not None:
-            with output_errors(out):
-                plan.prepare(folder)
-        if writer or is_spread(work.team):
-            _fill(work, out, folder, plan, tensors, gather)
+        # an error is told before the directory goes: others may be writing into it
+        with together(work.team):
+            if folder is not None:
+                with output_errors(out):
+                    plan.prepare(folder)
+            if writer or is_spread(work.team):
+                _fill(work, out, folder, plan, tensors, gather)
         if folder is not None:
             with output_errors(out):
                 plan.finish(folder)
