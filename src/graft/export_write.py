@@ -99,7 +99,7 @@ def _refuse_other_plans(work: Together, text: str) -> None:
 def _fill(
     work: Together, out: Path, folder: Path | None, plan: Plan, tensors: Mapping[str, Planned], gather: bool
 ) -> None:
-    """Every tensor's bytes; the files are on the disk when all processes are through."""
+    """Every tensor's bytes; what this process writes is on the disk when it returns."""
     spread = is_spread(work.team)
     shared = _shared(work, folder, plan) if spread and not gather else None
     here = shared or folder
@@ -120,8 +120,6 @@ def _fill(
         if filler is not None:
             with output_errors(out):
                 filler.close(sync=True)
-    if spread:
-        work.step()
 
 
 def _shared(work: Together, folder: Path | None, plan: Plan) -> Path | None:

@@ -149,3 +149,10 @@ def dies_in_export(model: Any, engine: object, folder: Path, gather: bool) -> No
     report = {"met": met, "left": left, "seconds": time.perf_counter() - began}
     Path(folder, "death.json").write_text(json.dumps(report))
     os._exit(0)
+
+
+def stopped_and_left_nothing(folder: Path) -> None:
+    """What the first process of :func:`dies_in_export` must have met."""
+    report = json.loads((folder / "death.json").read_text())
+    assert report["met"] != "nothing" and not report["left"], report
+    assert report["seconds"] < 60, report

@@ -26,13 +26,19 @@ def exit_codes(size: int, work: Callable[..., None], *args: Any, timeout: float 
     """The same where a process may die: the others go on, and nothing is raised."""
     with tempfile.TemporaryDirectory() as folder:
         rest = (size, _free_port(), folder, timeout, work, args)
-        context = mp.get_context("spawn")
-        team = [context.Process(target=_enter, args=(rank, *rest)) for rank in range(size)]
-        for process in team:
-            process.start()
-        for process in team:
-            process.join(240)
-        return [process.exitcode for process in team]
+        return started(mp.get_context("spawn"), _enter, size, *rest, limit=240)
+
+
+def started(
+    context: Any, enter: Callable[..., None], size: int, *args: Any, limit: float | None = None
+) -> list[int | None]:
+    """Call ``enter(rank, *args)`` in as many processes; their exit codes, None of one that takes too long."""
+    team = [context.Process(target=enter, args=(rank, *args)) for rank in range(size)]
+    for process in team:
+        process.start()
+    for process in team:
+        process.join(limit)
+    return [process.exitcode for process in team]
 
 
 def _free_port() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -16,6 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
+from tests.dist.apart import stopped_and_left_nothing  # noqa: E402
 from tests.dist.mcore.files import death  # noqa: E402
 from tests.dist.mcore.run import checks, launch, start  # noqa: E402
 
@@ -43,6 +43,4 @@ def test_a_process_that_dies_in_export_leaves_nothing_and_stops_the_other(
 ) -> None:
     codes = start(2, partial(death, gather=gather), tmp_path)
     assert codes == [0, 7]
-    report = json.loads((tmp_path / "death.json").read_text())
-    assert report["met"] != "nothing" and not report["left"], report
-    assert report["seconds"] < 60, report
+    stopped_and_left_nothing(tmp_path)

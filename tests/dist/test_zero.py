@@ -14,6 +14,8 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.dist
 
+from tests.dist.apart import stopped_and_left_nothing  # noqa: E402
+from tests.dist.group import started  # noqa: E402
 from tests.dist.zero_kinds import KINDS  # noqa: E402
 from tests.dist.zero_work import PLAN, Plan, death, free_port, work  # noqa: E402
 
@@ -57,13 +59,5 @@ def test_a_process_that_dies_in_export_leaves_nothing_and_stops_the_other(
     tmp_path: Path, gather: bool
 ) -> None:
     context = torch.multiprocessing.get_context("spawn")
-    port = free_port()
-    both = [context.Process(target=death, args=(rank, 2, port, str(tmp_path), gather)) for rank in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(240)
-    assert [p.exitcode for p in both] == [0, 7]
-    report = json.loads((tmp_path / "death.json").read_text())
-    assert report["met"] != "nothing" and not report["left"], report
-    assert report["seconds"] < 60, report
+    assert started(context, death, 2, 2, free_port(), str(tmp_path), gather, limit=240) == [0, 7]
+    stopped_and_left_nothing(tmp_path)

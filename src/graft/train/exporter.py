@@ -15,9 +15,10 @@ from .. import __version__
 from ..atomic import atomic_directory, remove_directory
 from ..engines.masters import has_master
 from ..engines.wrappers import PartOfWrapped, Together, team_of, together, unwrap
-from ..errors import OutputError, StateError, TargetError
+from ..errors import FormatError, OutputError, StateError, TargetError
 from ..export_model import export
 from ..saving import save
+from ..tensors import read_json
 from .find import find, trained_outside
 from .late import Late
 from .peft_model import holds_peft, plain_view
@@ -213,9 +214,8 @@ def _record(folder: Path, epoch: int, step: int, notes: list[str]) -> None:
 def _recorded(folder: Path) -> int | None:
     """The step of an export in this folder; None if it is something else."""
     try:
-        found: object = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        training = read_json(folder / _RECORD).get("training")
+    except FormatError:
         return None
-    training = cast("dict[str, object]", found).get("training") if isinstance(found, dict) else None
     step = cast("dict[str, object]", training).get("step") if isinstance(training, dict) else None
     return step if isinstance(step, int) else None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from ..adapted import NO_ADAPTER, slots_of
 from ..errors import StateError, TargetError
+from ..formats.ledger import listed
+
+#: names in a message
+_SHOWN = 8
 
 
 def find(root: nn.Module, name: str | None, *, harness: bool) -> nn.Module:
@@ -27,7 +30,7 @@ def find(root: nn.Module, name: str | None, *, harness: bool) -> nn.Module:
     try:
         model = root.get_submodule(name)
     except AttributeError:
-        children = _listed(child for child, _ in root.named_children())
+        children = listed((child for child, _ in root.named_children()), _SHOWN)
         raise TargetError(
             f"{type(root).__name__} has no part {name!r}, which model= names; it has {children}"
         ) from None
@@ -48,7 +51,7 @@ def trained_outside(root: nn.Module, model: nn.Module) -> list[str]:
     names = [n for n, p in root.named_parameters() if p.requires_grad and id(p) not in inside]
     if not names:
         return []
-    return [f"trained outside the exported model, so in neither output: {_listed(names)}"]
+    return [f"trained outside the exported model, so in neither output: {listed(names, _SHOWN)}"]
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -66,7 +69,7 @@ def _only(root: nn.Module) -> str:
     parts = sorted({_part(root, path) for path, m in root.named_modules() if is_adapted(m)})
     if len(parts) > 1:
         raise TargetError(
-            f"{type(root).__name__} has {len(parts)} adapted parts, {_listed(parts)}; name the one to "
+            f"{type(root).__name__} has {len(parts)} adapted parts, {listed(parts, _SHOWN)}; name the one to "
             f'export, model="{parts[0]}", or make a callback for each. model="" is the whole module'
         )
     return parts[0] if parts else ""
@@ -85,9 +88,3 @@ def _is_model(module: nn.Module) -> bool:
     config: Any = getattr(module, "config", None)
     saves = hasattr(config, "save_pretrained") and hasattr(module, "save_pretrained")
     return saves or is_a(module, "PeftModel")
-
-
-def _listed(names: Iterable[str], shown: int = 8) -> str:
-    found = list(names)
-    more = f" and {len(found) - shown} more" if len(found) > shown else ""
-    return ", ".join(found[:shown]) + more

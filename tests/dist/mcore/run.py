@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.dist.group import started
 from tests.dist.mcore import shim
 
 Check = Callable[[Path], None]
@@ -70,12 +71,7 @@ def start(world: int, function: Callable[[int, int, str], None], folder: Path) -
     context = torch.multiprocessing.get_context("forkserver")
     # the server imports once what all processes need
     context.set_forkserver_preload(["graft", "megatron.core.models.gpt", "megatron.core.dist_checkpointing"])
-    processes = [context.Process(target=function, args=(rank, world, str(folder))) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
+    return started(context, function, world, world, str(folder))
 
 
 def launch(world: int, folder: Path) -> list[dict[str, str]]:
