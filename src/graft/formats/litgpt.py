@@ -16,7 +16,6 @@ import torch
 
 from ..adapter import Adapter, LowRank
 from ..errors import FormatError
-from . import litgpt_writer
 from .ledger import Ledger, listed
 from .litgpt_names import GROUPED, HYPERPARAMETERS, MODULES, QKV, Family, family_of
 from .litgpt_qkv import Block, Heads, blocks, cut, heads_of
@@ -45,9 +44,13 @@ class LitgptFormat:
         return _Reader.of(source, options).read()
 
     def losses(self, adapter: Adapter, target: Target) -> list[Loss]:
+        from . import litgpt_writer
+
         return litgpt_writer.losses(adapter, target)
 
     def write(self, adapter: Adapter, path: Path, target: Target) -> Written:
+        from . import litgpt_writer
+
         return litgpt_writer.write(adapter, path, target)
 
 

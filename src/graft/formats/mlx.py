@@ -17,7 +17,6 @@ import torch
 from ..adapter import Adapter, LowRank
 from ..bind_layouts import is_embedding
 from ..errors import FormatError
-from . import mlx_writer
 from .ledger import Ledger
 from .mlx_names import expert_name
 from .protocol import Loss, Options, Target, Written
@@ -43,9 +42,13 @@ class MlxFormat:
         return _Reader(source).read()
 
     def losses(self, adapter: Adapter, target: Target) -> list[Loss]:
+        from . import mlx_writer
+
         return mlx_writer.losses(adapter, target)
 
     def write(self, adapter: Adapter, path: Path, target: Target) -> Written:
+        from . import mlx_writer
+
         return mlx_writer.write(adapter, path, target)
 
 

@@ -17,7 +17,6 @@ import torch
 
 from ..adapter import Adapter, LowRank
 from ..errors import FormatError
-from . import torchtune_writer
 from .ledger import Ledger, listed
 from .protocol import Loss, Options, Target, Written
 from .rotary import renamed
@@ -66,9 +65,13 @@ class TorchtuneFormat:
         return Adapter(sites, format="torchtune", config=config, notes=tuple(notes))
 
     def losses(self, adapter: Adapter, target: Target) -> list[Loss]:
+        from . import torchtune_writer
+
         return torchtune_writer.losses(adapter, target)
 
     def write(self, adapter: Adapter, path: Path, target: Target) -> Written:
+        from . import torchtune_writer
+
         return torchtune_writer.write(adapter, path, target)
 
 
